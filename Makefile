@@ -1,0 +1,50 @@
+# `make demo` installs and runs the suite on the built-in world; `make test` installs and runs every test.
+# Everything installs into .venv by itself on first use and does nothing when it is up to date.
+
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS ?= dev
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lab bench lint models clean
+
+demo: .venv/installed
+	@for notebook in $(NOTEBOOKS); do \
+	  name=$$(basename $$notebook .ipynb); mkdir -p papermill_runs/$$name/default; \
+	  HF_HUB_OFFLINE=1 $(BIN)/papermill --no-progress-bar --log-output $$notebook \
+	    papermill_runs/$$name/default/$$name.ipynb || exit 1; \
+	  echo "done: papermill_runs/$$name/default/$$name.ipynb"; \
+	done
+	@echo "To change and run them yourself: make lab"
+
+test: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/pytest tests
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --nbmake --nbmake-timeout=600 notebooks
+
+lab: .venv/installed
+	$(BIN)/jupyter lab notebooks
+
+bench: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_world
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify $(NOTEBOOKS)
+
+models: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m lib.models.tiny
+
+clean:
+	rm -rf .venv
+
+# The environment is rebuilt when what it is made from changes.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "need Python 3.11 or newer, got $$($(PYTHON) --version); name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
