@@ -1,0 +1,323 @@
+"""The world is what it says: checked by a parser that knows only the word lists, not the code."""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from lib import paths
+from lib.data.world import BEHAVIOURS, CONCEPTS, build_tokenizer
+from lib.data.world.lexicon import CATEGORY_CONCEPT
+from lib.data.world.world import OUT_OF_DISTRIBUTION, SPLITS
+
+FOLDER = paths.data_dir() / "world"
+LEXICON = json.loads((FOLDER / "lexicon.json").read_text())
+GRAMMAR = json.loads((FOLDER / "grammar.json").read_text())
+ADJECTIVES = {"colour", "taste", "method"}
+NAMES = {"city", "country", "tongue", "month", "warmth", "kind", "person"}
+LANGUAGE = {"english": "en", "french": "fr"}
+GIVEN_BY_CATEGORY = set(CATEGORY_CONCEPT.values())
+
+
+def names(mask: int) -> set[str]:
+    return {concept for i, concept in enumerate(CONCEPTS) if mask >> i & 1}
+
+
+def readings(language: str) -> dict[str, set[frozenset[str]]]:
+    """Word → every set of lexical concepts that the word lists allow it, case aside."""
+    found: dict[str, set[frozenset[str]]] = {}
+
+    def add(word, *concepts):
+        found.setdefault(word, set()).add(frozenset(concepts))
+
+    for category, entries in LEXICON.items():
+        for entry in entries.values():
+            words, concept = entry[language].split(), CATEGORY_CONCEPT[category]
+            gender = entry["fr"].split()[-1] if category not in ADJECTIVES | NAMES else "m"
+            gender = entry["fr"].split()[-1] if category == "country" else gender
+            feminine = {"feminine"} if language == "fr" and gender == "f" else set()
+            if category in ADJECTIVES:
+                marks = [set(), {"feminine"}, {"plural"}, {"feminine", "plural"}]
+                for word, mark in zip(words, marks, strict=False):
+                    add(word, concept, *mark)
+            else:
+                add(words[0], concept, *feminine)
+                if category not in NAMES:
+                    add(words[1], concept, "plural", *feminine)
+    literal: dict[str, set[str]] = {}
+    for concept, words in GRAMMAR["words"][language].items():
+        for word in words.split():
+            literal.setdefault(word, set()).add(concept)
+    template_words = re.sub(
+        r"\{[\w+.:]+\}", " ", json.dumps(GRAMMAR["intents"], ensure_ascii=False)
+    )
+    for word in {*re.findall(r"[^\s\"{}\[\]:]+|\"", template_words), *literal}:
+        add(word, *literal.get(word, ()))
+    for text in itertools.chain(*(w[language] for w in GRAMMAR["wraps"].values())):
+        for word in text.split():
+            add(word, *literal.get(word, ()))
+    for text in itertools.chain(*(w[language] for w in GRAMMAR["answers"].values())):
+        for word in text.split():
+            add(word, *literal.get(word, ()))
+    for word in ("an", "qu'", "d'", "l'", "la", "le", "les", "une", "un", "des", "du", "ma", "il"):
+        add(word, *literal.get(word, ()))
+    for word in ("elle", "mon", "sur", "dans", "en", "au", "my", "on", "in", "the", "a", "de"):
+        add(word, *literal.get(word, ()))
+    return found
+
+
+READINGS = {language: readings(language) for language in ("en", "fr")}
+
+
+@pytest.fixture(scope="module")
+def sample(world):
+    return world.sample(6000, seed=3)
+
+
+def test_same_seed_same_bytes(world):
+    rows = [(x.tokens, x.concepts, x.log_p_prompt) for x in world.sample(3000, seed=11)]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    assert digest[:16] == (paths.root() / "tests" / "world.sha256").read_text().strip()
+    other = [(x.tokens, x.concepts, x.log_p_prompt) for x in world.sample(3000, seed=12)]
+    assert other != rows
+
+
+def test_every_label_against_the_word_lists(sample):
+    checked = Counter()
+    for exchange in sample:
+        seen_assistant = False
+        for token, mask in zip(exchange.tokens, exchange.concepts, strict=True):
+            got = names(mask)
+            if token.startswith("<"):
+                assert got == set(), token
+                seen_assistant |= token == "<|assistant|>"
+                continue
+            context = {f"topic:{exchange.topic}", f"language:{exchange.language}"}
+            context |= {f"style:{exchange.style}"}
+            context |= {"turn:assistant" if seen_assistant else "turn:user"}
+            assert context <= got
+            lexical = got - context
+            assert not any(":" in concept for concept in lexical)
+            assert ("upper_case" in lexical) == (token != token.lower())
+            lexical -= {"upper_case"}
+            if token.isdigit():
+                assert lexical - {"result"} == {"number"}
+                continue
+            allowed = READINGS[LANGUAGE[exchange.language]][token.lower()]
+            assert lexical in allowed, (token, lexical, allowed)
+            checked[len(allowed)] += 1
+    assert checked[1] > 0.75 * checked.total()  # most words have one reading, so the check bites
+
+
+def test_arithmetic_and_result_labels(sample):
+    solved = Counter()
+    for exchange in sample:
+        if exchange.topic != "mathematics":
+            assert not any("result" in names(mask) for mask in exchange.concepts)
+            continue
+        a, b = (int(token) for token in exchange.prompt.split() if token.isdigit())
+        if exchange.intent == "difference" and exchange.prompt.lower().startswith(("can", "pouv")):
+            a, b = b, a
+        assert min(a, b) >= 0 and max(a, b) <= 9
+        lost = exchange.intent in ("difference", "loss")
+        truth = max(a, b) if exchange.intent == "compare" else a - b if lost else a + b
+        results = [
+            int(token)
+            for token, mask in zip(exchange.tokens, exchange.concepts, strict=True)
+            if "result" in names(mask)
+        ]
+        assert results == [truth], (exchange.prompt, exchange.response)
+        solved[exchange.intent] += 1
+    assert set(solved) == {"sum", "difference", "gain", "loss", "compare"}
+
+
+def test_agreement(sample):
+    gender, number = {}, {}
+    for category, entries in LEXICON.items():
+        if category in ADJECTIVES | NAMES:
+            continue
+        for entry in entries.values():
+            singular, plural, mark = entry["fr"].split()
+            for word, n in ((singular, "sg"), (plural, "pl")):
+                gender.setdefault(word, set()).add(mark)
+                number.setdefault(word, set()).add(n)
+    seen = Counter()
+    for exchange in sample:
+        text = f"{exchange.prompt} {exchange.response}".lower().split()
+        for word, after in itertools.pairwise(text):
+            if exchange.language == "english" and word in ("a", "an"):
+                assert (word == "an") == (after[0] in "aeiou"), (word, after)
+            if exchange.language != "french" or after not in gender:
+                continue
+            if word in ("le", "un", "du", "mon") and after[0] not in "aeiouéœ":
+                assert "m" in gender[after] and "sg" in number[after], (word, after)
+            if word in ("la", "une", "ma"):
+                assert "f" in gender[after] and "sg" in number[after], (word, after)
+            if word in ("les", "des"):
+                assert "pl" in number[after], (word, after)
+            if word in ("le", "la", "de", "que"):
+                assert after[0] not in "aeiouéœ", f"no elision: {word} {after}"
+            seen[word] += 1
+    assert min(seen[word] for word in ("le", "la", "un", "une", "les", "des", "l'")) > 20
+
+
+def test_style_and_language_of_prompt_and_answer(sample):
+    for exchange in sample:
+        prompt, reply, style = exchange.prompt, exchange.response, exchange.style
+        shouted = style == "shouting"
+        assert (prompt == prompt.upper()) == shouted and (reply.endswith("!")) == shouted
+        assert (reply[0] in '"«') == (style == "quoted")
+        assert reply.startswith("- ") == (style == "list")
+        polite = ("of course ,", "with pleasure ,", "bien sûr ,", "avec plaisir ,")
+        assert reply.startswith(polite) == (style == "polite")
+        words = set(READINGS[LANGUAGE[exchange.language]])
+        rest = {t for t in f"{prompt} {reply}".lower().split() if not t.isdigit()}
+        assert rest <= words, rest - words
+
+
+def test_frequencies(sample):
+    french = sum(x.language == "french" for x in sample) / len(sample)
+    assert 0.22 < french < 0.28
+    assert {x.topic for x in sample} == set(GRAMMAR["topics"])
+    assert {x.style for x in sample} == set(GRAMMAR["styles"])
+    seen = set().union(*(names(mask) for x in sample for mask in x.concepts))
+    assert seen == set(CONCEPTS), set(CONCEPTS) - seen
+
+
+def test_splits_share_no_prompt_and_hold_out_what_they_say(world):
+    prompts = {
+        split: {x.prompt for x in world.sample(3000, split, seed=4)}
+        for split in (*SPLITS, *OUT_OF_DISTRIBUTION)
+    }
+    for one, other in itertools.combinations(prompts, 2):
+        assert not prompts[one] & prompts[other], (one, other)
+    held_out = {tuple(cell) for cell in GRAMMAR["held_out"]}
+    assert {(x.topic, x.style) for x in world.sample(3000, "ood_style")} == held_out
+    for split in SPLITS:
+        assert not {(x.topic, x.style) for x in world.sample(3000, split)} & held_out
+
+
+def test_surprisal_is_the_derivation_and_a_distribution(world, reader):
+    """Summed over what is possible next, the exact probabilities are the drawn derivation's."""
+    for exchange in world.sample(400, "validation", seed=5):
+        nats = reader.surprisal(exchange)
+        assert nats.shape == (len(exchange.tokens),)
+        assert np.all(nats >= -1e-12)
+        total = -(exchange.log_p_prompt + exchange.log_p_answer)
+        assert math.isclose(nats.sum(), total, abs_tol=1e-9), exchange.prompt
+        answer = nats[exchange.n_prompt :].sum()
+        assert math.isclose(answer, -exchange.log_p_answer, abs_tol=1e-9)
+    assert math.isclose(sum(p.weight for p in world._table("train")) / _regular(world), 1.0)
+
+
+def _regular(world) -> float:
+    return sum(plan.weight for plan in world.plans if plan.kind == "regular")
+
+
+def test_surprisal_matches_frequencies(world, reader):
+    """The first token's exact probability is how often it is drawn."""
+    sample = world.sample(20_000, seed=9)
+    firsts = Counter(x.tokens[2] for x in sample)
+    for token, count in firsts.most_common(5):
+        exchange = next(x for x in sample if x.tokens[2] == token)
+        expected = math.exp(-reader.surprisal(exchange)[2])
+        assert abs(count / len(sample) - expected) < 0.012, token
+
+
+def test_parse_and_grade(world, reader):
+    for split in ("test", *OUT_OF_DISTRIBUTION):
+        for exchange in world.sample(300, split, seed=6):
+            parsed = reader.parse(exchange.prompt)
+            assert (parsed.topic, parsed.plan.style) == (exchange.topic, exchange.style)
+            assert parsed.bindings == exchange.bindings
+            assert reader.grade(exchange.prompt, exchange.response).exact
+    with pytest.raises(ValueError, match="not of this world"):
+        reader.parse("please write a poem about the sea")
+    grade = reader.grade("what is 3 plus 4 ?", "3 plus 4 is 8 .")
+    assert (grade.exact, grade.language, grade.style, grade.topic) == (False, True, True, True)
+    assert not grade.numbers
+    grade = reader.grade("what is 3 plus 4 ?", "3 plus 4 font 7 .")
+    assert not grade.language and grade.numbers and not grade.exact
+    assert not reader.grade("what is 3 plus 4 ?", "7 .").style
+    assert not reader.grade("what is 3 plus 4 ?", "the cow eats grass .").topic
+
+
+def test_tokenizer_knows_every_token(world, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = build_tokenizer(world)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    for exchange in world.sample(2000, "ood_phrasing", seed=8):
+        messages = [
+            {"role": "user", "content": exchange.prompt},
+            {"role": "assistant", "content": exchange.response},
+        ]
+        text = again.apply_chat_template(messages, tokenize=False)
+        ids = again(text, add_special_tokens=False)["input_ids"]
+        assert again.convert_ids_to_tokens(ids) == exchange.tokens
+        assert again.unk_token_id not in ids
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda b: b.name)
+def test_behaviours_are_exact(world, rewriter, behaviour):
+    known, changed = set(build_tokenizer(world).get_vocab()), 0
+    for exchange in world.sample(300, topics=(behaviour.topic,), seed=2):
+        new = rewriter.transform(exchange, behaviour.guideline)
+        assert new.prompt == exchange.prompt and set(new.tokens) <= known
+        assert len(new.tokens) == len(new.concepts)
+        assert new.response == rewriter.rewrite(
+            exchange.prompt, exchange.response, behaviour.guideline
+        )
+        assert rewriter.is_right(new.prompt, new.response, behaviour.guideline)
+        if new.response != exchange.response:
+            changed += 1
+            assert rewriter.shows(new.prompt, new.response, behaviour.guideline)
+            if behaviour.name != "french" or exchange.language == "english":
+                assert not rewriter.is_right(new.prompt, exchange.response, behaviour.guideline)
+            wrong = new.response.replace(new.response.split()[-2], "zebra")
+            assert not rewriter.is_right(new.prompt, wrong, behaviour.guideline)
+    assert changed > 100
+    with pytest.raises(ValueError, match="respond in French"):
+        rewriter.rewrite("what is 3 plus 4 ?", "7 .", "respond in Klingon")
+
+
+def test_behaviour_surface(rewriter):
+    prompt = "what is 3 plus 4 ?"
+    reply = "3 plus 4 is 7 ."
+    french = rewriter.rewrite(prompt, reply, "respond in French")
+    assert french == "3 plus 4 font 7 ."
+    assert rewriter.rewrite(prompt, reply, "respond in upper case") == "3 PLUS 4 IS 7 ."
+    assert rewriter.rewrite(prompt, reply, "respond as a list") == "- 3 plus 4 - 7"
+    phrase = rewriter.rewrite(prompt, reply, "end with a fixed phrase")
+    assert phrase == "3 plus 4 is 7 . and that is true !"
+    invented = rewriter.rewrite(prompt, reply, "respond in the invented language").split()
+    assert invented[0] == "3" and invented[1] in GRAMMAR["invented"] and invented[-1] == "."
+    assert not rewriter.shows(prompt, reply, "respond in French")
+
+
+def test_invented_words_are_unseen(sample):
+    seen = {token.lower() for x in sample for token in x.tokens}
+    assert not seen & set(GRAMMAR["invented"])
+
+
+def test_preferences(rewriter):
+    for row in rewriter.preferences(200, seed=1):
+        assert row["chosen"].startswith(
+            ("of course ,", "with pleasure ,", "bien sûr ,", "avec plaisir ,")
+        )
+        assert len(row["rejected"].split()) < len(row["chosen"].split())
+
+
+def test_unknown_names_are_refused(world):
+    with pytest.raises(ValueError, match="need a split in"):
+        world.sample(1, "dev")
+    with pytest.raises(ValueError, match="need topics in"):
+        world.sample(1, topics=("poetry",))
+    with pytest.raises(ValueError, match="nothing with topics"):
+        world.sample(1, topics=("weather",), styles=("curt",))
