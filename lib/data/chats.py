@@ -1,0 +1,301 @@
+"""Chat datasets: load, check, mix, and split by prompt.
+
+Everything is a memory-mapped `datasets.Dataset` (an `IterableDataset` when streaming). Columns:
+
+| column | chats | preferences |
+|---|---|---|
+| `id` | text, unique; a hash of the content where the input has none | same |
+| `messages` | the whole chat, `[{role, content}]`, ending with an assistant turn | |
+| `prompt` | text of the last user turn | the turns before the answer, as messages |
+| `response` | text of the last assistant turn | |
+| `chosen`, `rejected` | | one assistant turn each, as messages |
+
+`topic`, `source` and HelpSteer's five scores come along where the input has them. TRL's DPOTrainer
+takes preferences as they are. Its SFTTrainer wants `messages` alone, because it takes a `prompt`
+beside them for a prompt-completion pair: give it `chats.select_columns("messages")`.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+)
+
+from lib.data import schemas, sources
+from lib.data.store import write_dataset
+
+logger = logging.getLogger(__name__)
+
+SCORES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+"""HelpSteer's ratings of an answer, 0 to 4."""
+
+_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+_CHAT = {"messages": _MESSAGES, "prompt": Value("string"), "response": Value("string")}
+_PREFERENCE = {"prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES}
+_CARRIED = {"topic": Value("string"), "source": Value("string")} | dict.fromkeys(
+    SCORES, Value("float64")
+)
+_HASHED = "content-"
+_SHOWN = 5
+
+
+def load_chats(
+    name_or_path: str | Path,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    streaming: bool = False,
+    skip_bad: bool = False,
+) -> Dataset | IterableDataset:
+    """Chats or preference pairs from a hub id, a `save_to_disk` folder, or a folder or file of
+    jsonl, json, csv or parquet; `lib.data.schemas` lists the schemas.
+
+    Every row is checked before the dataset exists. When streaming, rows are checked as they
+    come, and ids are not compared: that would take memory for each.
+
+    Args:
+        limit: read the first `limit` rows only.
+        skip_bad: leave out rows that are no chat (empty text, wrong turns) and log how many.
+
+    Raises:
+        FileNotFoundError: a path where nothing is.
+        ValueError: unknown schema or split, no rows, rows that are no chat, ids given twice,
+            text that is not UTF-8, broken JSON, a line over `sources.MAX_LINE`. The message
+            names file, line and field; nothing is left behind.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"need limit >= 1 or None, got {limit}")
+    source = sources.open_source(name_or_path, split, streaming)
+    first = next(source(), None)
+    if first is None:
+        raise ValueError(f"{name_or_path} has no rows")
+    where, row = first
+    kind = _PREFERENCE if schemas.schema_of(list(row), where) == "preferences" else _CHAT
+    if streaming:
+        carried = {name: value for name, value in _CARRIED.items() if name in row}
+        features = Features({"id": Value("string"), **kind, **carried})
+
+        def stream() -> Iterator[dict[str, Any]]:
+            for _, got in _checked(itertools.islice(source(), limit), features, skip_bad):
+                yield got
+
+        return IterableDataset.from_generator(stream, features=features)
+    features = Features({"id": Value("string"), **kind, **_CARRIED})
+    checked = _checked(itertools.islice(source(), limit), features, skip_bad, collect=True)
+    chats = write_dataset(_unique(checked), features, "chats")
+    if not len(chats):
+        raise ValueError(f"{name_or_path} has no row that is a chat")
+    table = chats.data
+    return chats.remove_columns([c for c in _CARRIED if table.column(c).null_count == len(chats)])
+
+
+def _checked(
+    rows: sources.Rows, features: Features, skip_bad: bool, collect: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows in the columns of `features`, `id` None where the input has none.
+
+    Bad rows are skipped; or raise at the first; or (`collect`) raise together at the end.
+    """
+    preferences = "chosen" in features
+    faults, n_bad = [], 0
+    for where, row in rows:
+        schema = schemas.schema_of(list(row), where)
+        if (schema == "preferences") != preferences:
+            raise ValueError(f"{where}: chats and preferences cannot share one dataset")
+        try:
+            got = _columns(row, schema, features)
+        except schemas.BadRow as error:
+            if not (skip_bad or collect):
+                raise ValueError(f"{where}: {error}") from None
+            n_bad += 1
+            if len(faults) < _SHOWN:
+                faults.append(f"{where}: {error}")
+        else:
+            yield where, got
+    if n_bad:
+        report = f"{n_bad} rows are no chat: {'; '.join(faults)}{'; …' * (n_bad > _SHOWN)}"
+        if not skip_bad:
+            raise ValueError(f"{report}. Mend them, or leave them out with skip_bad=True")
+        logger.warning("left out: %s", report)
+
+
+def _unique(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Number the repeats of a hashed id (`-2`, `-3`); raise at the end for ids given twice."""
+    seen: set[int] = set()  # of 8-byte hashes: ids themselves may be long
+    repeats: defaultdict[str, int] = defaultdict(lambda: 1)
+    twice, n_twice = [], 0
+    for where, row in rows:
+        key = _key(row["id"])
+        if key in seen and row["id"].startswith(_HASHED):
+            repeats[row["id"]] += 1
+            row["id"] += f"-{repeats[row['id']]}"
+            key = _key(row["id"])
+        elif key in seen:
+            n_twice += 1
+            if len(twice) < _SHOWN:
+                twice.append(f"{row['id']!r} ({where})")
+        seen.add(key)
+        yield row
+    if n_twice:
+        shown = ", ".join(twice) + ", …" * (n_twice > _SHOWN)
+        raise ValueError(f"{n_twice} rows repeat an id of an earlier row: {shown}; need unique ids")
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _columns(row: Mapping[str, Any], schema: str, features: Features) -> dict[str, Any]:
+    got: dict[str, Any] = schemas.read_row(row, schema)
+    given = row.get("id")
+    if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
+        raise schemas.BadRow(f"id: need text or a whole number, got {type(given).__name__}")
+    if given is None or given == "":
+        text = json.dumps(got, sort_keys=True).encode()
+        got["id"] = _HASHED + hashlib.blake2b(text, digest_size=10).hexdigest()
+    else:
+        got["id"] = str(given)
+    if "messages" in got:
+        got["prompt"], got["response"] = (turn["content"] for turn in got["messages"][-2:])
+    for name in _CARRIED.keys() & features.keys():
+        got[name] = _carried(row.get(name), name)
+    return got
+
+
+def _carried(value: Any, name: str) -> str | float | None:
+    if value is None or value == "":
+        return None
+    if name not in SCORES:
+        return str(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise schemas.BadRow(f"{name}: need a number, got {value!r}") from None
+
+
+def mix(
+    parts: Sequence[Dataset], weights: Sequence[float], *, n: int | None = None, seed: int = 0
+) -> Dataset:
+    """Draw rows from each part in proportion to its weight, without repeats, and shuffle them.
+
+    Counts are exact: each part's share of `n`, the remainders to the largest fractions. Where
+    parts share an id, the later part's row gets `+<part number>` after it.
+
+    Args:
+        n: rows in all; None takes as many as the scarcest part allows.
+
+    Raises:
+        ValueError: weights that are not positive numbers, one for each part; chats mixed with
+            preferences; a part with too few rows (the message says how many are missing).
+    """
+    if not parts or len(parts) != len(weights):
+        raise ValueError(f"need a weight for each part, got {len(parts)} parts, {len(weights)}")
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ValueError(f"need positive weights, got {list(weights)}")
+    if len({"chosen" in part.column_names for part in parts}) > 1:
+        raise ValueError("chats and preferences cannot be mixed")
+    shares = np.asarray(weights, dtype=float) / sum(weights)
+    if n is None:
+        n = int(min(math.floor(len(p) / s + 1e-9) for p, s in zip(parts, shares, strict=True)))
+    if n < 1:
+        raise ValueError(f"need n >= 1 rows, got {n}")
+    counts = _largest_remainder(shares, n)
+    short = [
+        f"part {i} has {len(part)} rows, {count - len(part)} too few for its {count}"
+        for i, (part, count) in enumerate(zip(parts, counts, strict=True))
+        if count > len(part)
+    ]
+    if short:
+        raise ValueError(f"cannot mix {n} rows without repeats: {'; '.join(short)}")
+    rng = np.random.default_rng(seed)
+    drawn = [
+        part.select(rng.permutation(len(part))[:count])
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    mixed = _ids_apart(drawn)
+    return mixed.select(rng.permutation(len(mixed)))
+
+
+def _largest_remainder(shares: np.ndarray, n: int) -> list[int]:
+    exact = shares * n
+    counts = np.floor(exact + 1e-9).astype(int)
+    for index in np.argsort(-(exact - counts), kind="stable")[: n - counts.sum()]:
+        counts[index] += 1
+    return counts.tolist()
+
+
+def _ids_apart(parts: list[Dataset]) -> Dataset:
+    seen: set[str] = set()
+    ids: list[str] = []
+    for number, part in enumerate(parts):
+        for name in part["id"]:
+            while name in seen:
+                name += f"+{number}"
+            seen.add(name)
+            ids.append(name)
+    together = concatenate_datasets(parts)
+    if ids == list(together["id"]):
+        return together
+    order = together.column_names
+    return together.remove_columns("id").add_column("id", ids).select_columns(order)
+
+
+def split_by_prompt(
+    chats: Dataset, fractions: Mapping[str, float], *, stratify_by: str | None = None, seed: int = 0
+) -> DatasetDict:
+    """Split so that rows with the same prompt (the last user turn) stay together.
+
+    Args:
+        fractions: share of the rows for each split; they sum to 1.
+        stratify_by: a column, such as `topic`, whose values get the same shares in each split;
+            a prompt that has several values counts as the one of its first row.
+
+    Returns:
+        Splits whose sizes are off by less than one prompt's rows, in the input's order.
+
+    Raises:
+        ValueError: fractions that are not positive or do not sum to 1, no such column, or so few
+            prompts that a split stays empty.
+    """
+    if not fractions or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
+        raise ValueError(f"need positive fractions that sum to 1, got {dict(fractions)}")
+    if stratify_by is not None and stratify_by not in chats.column_names:
+        raise ValueError(f"no column {stratify_by!r} to stratify by, got {chats.column_names}")
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(chats["prompt"]):
+        groups[prompt if isinstance(prompt, str) else prompt[-1]["content"]].append(index)
+    values = list(chats[stratify_by]) if stratify_by else [None] * len(chats)
+    strata: defaultdict[Any, list[list[int]]] = defaultdict(list)
+    for rows in groups.values():
+        strata[values[rows[0]]].append(rows)
+    rng = np.random.default_rng(seed)
+    shares = np.array(list(fractions.values()))
+    taken: list[list[int]] = [[] for _ in fractions]
+    owed = np.zeros(len(fractions))  # rows; carried on, so that small strata do not all round alike
+    for stratum in sorted(strata, key=str):
+        members = [strata[stratum][i] for i in rng.permutation(len(strata[stratum]))]
+        owed += shares * sum(map(len, members))
+        for rows in sorted(members, key=len, reverse=True):
+            poorest = int(owed.argmax())
+            taken[poorest] += rows
+            owed[poorest] -= len(rows)
+    if empty := [name for name, rows in zip(fractions, taken, strict=True) if not rows]:
+        raise ValueError(f"{len(groups)} prompts are too few: nothing for {', '.join(empty)}")
+    return DatasetDict(
+        {name: chats.select(sorted(rows)) for name, rows in zip(fractions, taken, strict=True)}
+    )
