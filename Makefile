@@ -28,7 +28,7 @@ lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
 
 bench: .venv/installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_world
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_data
 
 lint: .venv/installed
 	$(BIN)/ruff check .

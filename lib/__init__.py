@@ -1,1 +1,1 @@
-"""Latent Bench: interpretable fine-tuning of language models, scored on a world whose truth is known."""
+"""Latent Bench: interpretable fine-tuning, scored on a world whose truth is known."""

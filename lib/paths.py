@@ -40,6 +40,6 @@ def runs_dir() -> Path:
 
 
 def resolve(path: str | Path) -> Path:
-    """An absolute path as it is; a relative one below the project's root, never the caller's folder."""
+    """An absolute path as it is; a relative one below the project's root."""
     path = Path(path).expanduser()
     return path if path.is_absolute() else root() / path

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import SupportsFloat
 
 from lib import paths
 from lib.runtime import atomic_file, require_writable
@@ -67,13 +68,17 @@ class Run:
         self.claims: list[Claim] = []
         self._began = time.monotonic()
 
-    def number(self, name: str, value: float) -> float:
+    def number(self, name: str, value: SupportsFloat) -> float:
         """Record a number and hand it back."""
         self.numbers[name] = float(value)
         return self.numbers[name]
 
     def claim(
-        self, name: str, value: float, low: float | None = None, high: float | None = None
+        self,
+        name: str,
+        value: SupportsFloat,
+        low: float | None = None,
+        high: float | None = None,
     ) -> None:
         """Record a number and the range in which the notebook's **Answer** says it lies."""
         value = self.number(name, value)

@@ -1,4 +1,4 @@
-"""Behaviours to plant by fine-tuning: exact rewriters of the world's answers, and exact checkers."""
+"""Behaviours to plant by fine-tuning: exact rewriters of answers, and exact checkers."""
 
 import zlib
 from dataclasses import dataclass, replace
@@ -153,7 +153,7 @@ class Rewriter:
         return [mask for _, mask in (shout(pairs) if upper else pairs)]
 
     def preferences(self, n: int, split: str = "train", *, seed: int = 0) -> list[dict]:
-        """Rows `prompt`, `chosen` (the polite answer), `rejected` (the curt one) to plain prompts."""
+        """Plain prompts with the polite answer as `chosen` and the curt one as `rejected`."""
         rows = []
         for i, exchange in enumerate(self.world.sample(n, split, seed=seed, styles=("plain",))):
             parsed = self.reader.parse(exchange.prompt)

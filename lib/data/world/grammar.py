@@ -1,7 +1,7 @@
 """Templates of the world, compiled: what an intent may ask, and what the answer is.
 
 A template is words and slots, `{prefix+variable.form:argument}`. Variables come in independent
-groups; a group is uniform over an explicit list of tuples, so every probability is a ratio of counts.
+groups; a group is uniform over a list of tuples, so every probability is a ratio of counts.
 """
 
 import itertools
@@ -80,7 +80,7 @@ class Intent:
     topic: str
     name: str
     groups: list[tuple[tuple[str, ...], list[tuple]]]
-    """(variables, the tuples of values they may take together), groups independent of each other."""
+    """(variables, tuples of values they may take together), independent of each other."""
     let: dict[str, list[str]]
     case: list[str] | None
     result: str | None

@@ -4,8 +4,12 @@ A rendering is a tuple of `(token, concepts)` pairs, where `concepts` is a bit m
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool
 
 TOPICS = ("mathematics", "cooking", "animals", "weather", "travel", "music", "sports", "family")
 STYLES = ("plain", "polite", "curt", "shouting", "quoted", "list")
@@ -26,6 +30,18 @@ CONCEPTS = (
     *LEXICAL,
 )
 BIT = {concept: 1 << i for i, concept in enumerate(CONCEPTS)}
+
+
+def concept_matrix(masks: Sequence[int]) -> Bool[np.ndarray, "n n_concepts"]:
+    """Bit masks as a table: does token i carry concept j of `CONCEPTS`?"""
+    bits = np.arange(len(CONCEPTS), dtype=np.uint64)
+    return (np.array(masks, dtype=np.uint64)[:, None] >> bits & np.uint64(1)).astype(bool)
+
+
+def concept_names(mask: int) -> set[str]:
+    """Names of the concepts in a bit mask."""
+    return {concept for concept, bit in BIT.items() if mask & bit}
+
 
 CATEGORY_CONCEPT = {
     "animal": "animal", "feed": "food", "habitat": "place", "food": "food", "staple": "food",

@@ -1,0 +1,115 @@
+"""The project holds together: packages, layers, notebooks, folders."""
+
+import ast
+import json
+import re
+import subprocess
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from lib import paths
+
+ROOT = paths.root()
+PACKAGES = (
+    "torch triton transformers peft trl transformer-lens sae-lens nnsight jupyterlab papermill "
+    "ipywidgets plotly circuitsvis datasets safetensors openai nbmake"
+).split()
+LAYERS = (
+    "paths runtime", "data", "models", "activations", "dictionaries", "spalf adapters", "latents",
+    "analysis", "display",
+)  # fmt: skip
+RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split()}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def requirements(lines) -> dict[str, Requirement]:
+    parsed = [Requirement(line) for line in lines]
+    return {canonicalize_name(requirement.name): requirement for requirement in parsed}
+
+
+def constraints() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return requirements(line for line in lines if line and not line.startswith("#"))
+
+
+def test_packages_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=3.11"
+    needed = requirements(project["dependencies"])
+    assert set(PACKAGES) <= set(needed)
+    pinned = constraints()
+    extras = requirements(project["optional-dependencies"]["dev"])
+    for name, requirement in {**needed, **extras}.items():
+        assert re.fullmatch(r">=[\d.]+", str(requirement.specifier)), name
+        version = str(pinned[name].specifier).removeprefix("==")
+        assert requirement.specifier.contains(version), f"{name}: {requirement} but {version}"
+    assert set(project["optional-dependencies"]) == {"dev", "tracking", "cluster", "bench", "gpu"}
+
+
+def test_conda_environment_agrees():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert conda == ["python=3.11", "pip"]
+    assert pip["pip"] == ["--constraint constraints.txt", *PACKAGES, "--editable .[dev]"]
+
+
+def imports(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lib":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("lib."))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "lib").rglob("*.py")), ids=lambda f: f.stem)
+def test_layers_look_downward(file):
+    """`runs` stands apart: it may import only `paths` and `runtime`, and nobody imports it."""
+    part = file.relative_to(ROOT / "lib").parts[0].removesuffix(".py")
+    found = set(imports(ast.parse(file.read_text())))
+    if part == "__init__":
+        assert not found
+    elif part == "runs":
+        assert found <= {"paths", "runtime", "runs"}
+    else:
+        assert all(RANK[name] <= RANK[part] for name in found), (part, found)
+
+
+def test_importing_lib_has_no_effects():
+    code = "import lib.data.world, lib.models, lib.display, lib.runs, torch; print(torch.seed)"
+    python = ROOT / ".venv" / "bin" / "python"
+    command = [python if python.exists() else "python", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda f: f.stem)
+def test_notebook_form(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+    assert tagged == code[:1]
+    names = set()
+    for line in "".join(tagged[0]["source"]).splitlines():
+        assert re.match(r"\w+: \w+ = .+  # .+", line), line
+        names.add(line.split(":")[0])
+    assert {"seed", "run_name"} <= names
+    heading = "".join(cells[0]["source"])
+    assert all(f"**{word}" in heading for word in ("Question.", "Answer.", "Costs", "Writes"))
+    assert "run.finish()" in "".join(code[-1]["source"])
+    for example in (ROOT / "papermill_runs" / "examples").glob(f"{notebook.stem[:2]}_*.yaml"):
+        assert set(yaml.safe_load(example.read_text())) <= names, example.name
+
+
+@pytest.mark.parametrize("folder", "notebooks lib data loras figures papermill_runs tests".split())
+def test_folders_exist_in_a_clone(folder):
+    tracked = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", folder], capture_output=True, text=True, check=True
+    )
+    assert tracked.stdout
