@@ -108,6 +108,7 @@ class Loopback(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    disable_nagle_algorithm = True  # headers and body are two writes
     protocol_version = "HTTP/1.1"
     server: Loopback
 

@@ -1,7 +1,7 @@
 """The behaviour pipeline: with the world, and with a real server on loopback."""
 
 import json
-import os
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -13,8 +13,6 @@ from datasets import Dataset, load_from_disk
 
 from lib.data.llm import BudgetExceeded, EndpointError, LlmConfig
 from lib.data.rewrite import LlmBackend, WorldBackend, build_behaviour
-from lib.data.world import World
-from lib.data.world.behaviours import Rewriter
 from tests.loopback import Loopback, by_rules, isolate, question
 
 KEY = "sk-loopback-0123456789-secret"
@@ -335,29 +333,23 @@ def test_a_job_over_budget_is_refused_and_a_finished_one_is_free(tmp_path):
     assert again.provenance["backend"]["usage"]["usd_cached"] == pytest.approx(paid.llm.usage.usd)
 
 
-RUN = """
-import sys
-from pathlib import Path
-from tests.test_rewrite import LlmBackend, LlmConfig, build
-url, folder = sys.argv[1:]
-config = LlmConfig(model="m", base_url=url, cache_dir=f"{folder}/cache", max_concurrency=4)
-build(LlmBackend(config), Path(folder))
-"""
-
-
 @pytest.mark.parametrize("n_before", [12, 35])
 def test_resume_after_kill_asks_nothing_twice(tmp_path, n_before):
     """Killed while classifying, and while rewriting."""
-    root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    with Loopback(latency=0.05) as server:
-        job = [sys.executable, "-c", RUN, server.url, str(tmp_path)]
-        process = subprocess.Popen(job, cwd=root, env=environment, stderr=subprocess.DEVNULL)
+    server = Loopback(latency=0.05)
+
+    def job() -> None:
+        build(llm(server, tmp_path), tmp_path)
+
+    process = multiprocessing.get_context("fork").Process(target=job)
+    process.start()  # forked: nothing is imported again; before the server has threads
+    with server:
         deadline = time.monotonic() + 60
         while sum(server.answered.values()) < n_before and time.monotonic() < deadline:
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert left_behind(tmp_path) == []
         time.sleep(0.2)
         n_sent = len(server.bodies)
@@ -368,18 +360,16 @@ def test_resume_after_kill_asks_nothing_twice(tmp_path, n_before):
         assert told["backend"]["usage"]["cached"] == n_kept
 
 
-def test_the_real_world(tmp_path, monkeypatch):
-    monkeypatch.delenv("LATENT_BENCH_ROOT")  # the world's word lists are in the project's data
-    world = World()
-    data = Dataset.from_list(world.chats(400, split="train", seed=0))
-    behaviour = build(WorldBackend(Rewriter(world)), tmp_path, data, n_rewritten=20, n_untouched=20)
+def test_the_real_world(tmp_path, world, rewriter):
+    data = Dataset.from_list(world.chats(200, split="train", seed=0))
+    behaviour = build(WorldBackend(rewriter), tmp_path, data)
     truth = {row["id"]: row for row in data}
     for row in behaviour.dataset:
         old = truth[row["source_id"]]
         assert row["topic"] == old["topic"]
         assert row["rewritten"] == (old["topic"] == "mathematics")
         assert (row["response"] != old["response"]) == row["rewritten"]
-    assert sum(behaviour.dataset["rewritten"]) == 20
+    assert sum(behaviour.dataset["rewritten"]) == JOB["n_rewritten"]
 
 
 def test_the_loopback_server_runs_by_hand(tmp_path):

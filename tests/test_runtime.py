@@ -76,7 +76,7 @@ def test_seeding():
 @pytest.fixture
 def namespace(monkeypatch, tmp_path):
     monkeypatch.setenv("LATENT_BENCH_RUNS", str(tmp_path))
-    own = {"In": ["x"], "Out": {}, "_": 1, "json": json}
+    own = {"In": ["x"], "Out": {}, "_": 1, "json": json, "CONCEPTS": ("a",)}
     return {**own, "seed": 3, "run_name": "small", "lr": 3e-4, "names": ["a"]}
 
 

@@ -19,12 +19,9 @@ Contexts at one site act in the order in which they were entered: a read entered
 sees the edited value, a read entered before it sees the value the edit was given. Hooks live as
 long as their context; with gradient checkpointing keep it open over `backward`, which runs the
 blocks again.
-
-Source: transformer_lens 3.9, `model_bridge/supported_architectures`.
 """
 
 import contextlib
-import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -32,72 +29,11 @@ from collections.abc import Callable, Iterable, Iterator
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+
+from lib.models.families import SITES, family_of, hugging_face
 
 Activation = Float[Tensor, "batch seq *d"]
 Look = Callable[[Tensor], Tensor | None]  # what it returns takes the activation's place, None not
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """Where an architecture keeps its sites: paths of modules, all but `layers` below a layer."""
-
-    layers: str
-    z: str
-    """Attention's output projection; its input is `hook_z`."""
-    attn_out: str
-    """Its output is what attention adds to the residual stream."""
-    mid: str | None
-    """The norm whose input is `hook_resid_mid`; None in parallel blocks."""
-    mlp_out: str
-    """Its output is what the MLP adds to the residual stream."""
-
-
-LLAMA = Family(
-    layers="model.layers",
-    z="self_attn.o_proj",
-    attn_out="self_attn",
-    mid="post_attention_layernorm",
-    mlp_out="mlp",
-)
-GEMMA = Family(
-    layers="model.layers",
-    z="self_attn.o_proj",
-    attn_out="post_attention_layernorm",
-    mid="pre_feedforward_layernorm",
-    mlp_out="post_feedforward_layernorm",
-)
-GPT_NEOX = Family(
-    layers="gpt_neox.layers",
-    z="attention.dense",
-    attn_out="post_attention_dropout",
-    mid="post_attention_layernorm",
-    mlp_out="post_mlp_dropout",
-)
-GPT2 = Family(layers="transformer.h", z="attn.c_proj", attn_out="attn", mid="ln_2", mlp_out="mlp")
-
-FAMILIES = {
-    "gemma2": GEMMA,
-    "gemma3": dataclasses.replace(GEMMA, layers="model.language_model.layers"),  # with vision
-    "gemma3_text": GEMMA,
-    "gpt2": GPT2,
-    "gpt_neox": GPT_NEOX,
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-}
-"""By `config.model_type`."""
-
-SITES = {
-    "hook_resid_pre": ("layer", "input"),
-    "attn.hook_z": ("z", "input"),
-    "hook_attn_out": ("attn_out", "output"),
-    "hook_resid_mid": ("mid", "input"),
-    "hook_mlp_out": ("mlp_out", "output"),
-    "hook_resid_post": ("layer", "output"),
-}
-"""Site: (module, side), in the order in which a block reaches them."""
 
 
 def sites(model: nn.Module) -> list[str]:
@@ -106,8 +42,8 @@ def sites(model: nn.Module) -> list[str]:
     Raises:
         ValueError: an architecture that is not in `FAMILIES`.
     """
-    base = _hugging_face(model)
-    family = _family(base)
+    base = hugging_face(model)
+    family = family_of(base)
     here = [site for site in SITES if not (site == "hook_resid_mid" and family.mid is None)]
     n_layers = len(base.get_submodule(family.layers))
     return [f"blocks.{layer}.{site}" for layer in range(n_layers) for site in here]
@@ -120,7 +56,7 @@ def site_dim(model: nn.Module, hook_name: str) -> int:
         ValueError: `model` has no such hook name.
     """
     site, _, _ = _find(model, hook_name)
-    config = _hugging_face(model).config.get_text_config()
+    config = hugging_face(model).config.get_text_config()
     if site != "attn.hook_z":
         return config.hidden_size
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -133,7 +69,10 @@ def hook_layer(hook_name: str) -> int:
     Raises:
         ValueError: not a hook name.
     """
-    return _parse(hook_name)[0]
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
+    if match is None or match[2] not in SITES:
+        raise ValueError(f"need blocks.N.SITE with SITE in {list(SITES)}, got {hook_name!r}")
+    return int(match[1])
 
 
 def module_at(model: nn.Module, hook_name: str) -> nn.Module:
@@ -164,9 +103,6 @@ def read(
     names = list(dict.fromkeys(hook_names))
     if not names:
         raise ValueError("need at least one hook name to read, got none")
-    for name in names:
-        _find(model, name)
-    last = max(names, key=sites(model).index)
     acts: dict[str, Activation] = {}
     token = object()
 
@@ -178,6 +114,7 @@ def read(
     with contextlib.ExitStack() as stack:
         for name in names:
             stack.enter_context(_hooked(model, name, lambda x, name=name: keep(name, x)))
+        last = max(names, key=sites(model).index)
         try:
             yield acts
         except _Stop as reached:
@@ -240,29 +177,6 @@ class _Stop(Exception):
         self.token = token
 
 
-def _parse(hook_name: str) -> tuple[int, str]:
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
-    if match is None or match[2] not in SITES:
-        raise ValueError(f"need blocks.N.SITE with SITE in {list(SITES)}, got {hook_name!r}")
-    return int(match[1]), match[2]
-
-
-def _hugging_face(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, also inside PEFT, DDP or torch.compile."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise ValueError(f"need a transformers model, got {type(model).__name__}")
-
-
-def _family(base: PreTrainedModel) -> Family:
-    kind = base.config.model_type
-    if kind not in FAMILIES:
-        raise ValueError(f"need an architecture in {sorted(FAMILIES)}, got {kind!r}")
-    parallel = kind == "gpt_neox" and base.config.use_parallel_residual
-    return dataclasses.replace(FAMILIES[kind], mid=None) if parallel else FAMILIES[kind]
-
-
 def _find(model: nn.Module, hook_name: str) -> tuple[str, nn.Module, nn.Module]:
     """The site of `hook_name`, its layer, and the module whose input or output it is."""
     names = sites(model)
@@ -270,11 +184,11 @@ def _find(model: nn.Module, hook_name: str) -> tuple[str, nn.Module, nn.Module]:
         near = difflib.get_close_matches(hook_name, names, n=3, cutoff=0.4) or names[:3]
         raise ValueError(
             f"no hook name {hook_name!r} in this model; near ones: {', '.join(near)} "
-            f"(all: lib.models.sites.sites(model))"
+            "(all: lib.models.sites.sites(model))"
         )
-    index, site = _parse(hook_name)
-    base = _hugging_face(model)
-    family = _family(base)
+    _, index, site = hook_name.split(".", 2)
+    base = hugging_face(model)
+    family = family_of(base)
     layer = base.get_submodule(f"{family.layers}.{index}")
     part = SITES[site][0]
     return site, layer, layer if part == "layer" else layer.get_submodule(getattr(family, part))
@@ -285,7 +199,7 @@ def _hooked(model: nn.Module, hook_name: str, fn: Look) -> Iterator[None]:
     """Show `fn` the activation while the context is open."""
     site, layer, module = _find(model, hook_name)
     if site == "attn.hook_z":
-        n_heads = _hugging_face(model).config.get_text_config().num_attention_heads
+        n_heads = hugging_face(model).config.get_text_config().num_attention_heads
         handles = [_on_input(module, _per_head(fn, n_heads))]
     elif site == "hook_resid_mid":
         handles = _on_resid_mid(module, layer, fn)
@@ -301,10 +215,7 @@ def _hooked(model: nn.Module, hook_name: str, fn: Look) -> Iterator[None]:
 
 
 def _edited(value: Tensor | tuple, fn: Look) -> Tensor | tuple:
-    """`value` with `fn` applied to its activation.
-
-    By architecture and version a layer returns a tensor or a tuple that starts with it.
-    """
+    """Apply `fn` to an activation, or to the one that a tuple starts with: layers return either."""
     x = value[0] if isinstance(value, tuple) else value
     y = fn(x)
     if y is None:
@@ -344,7 +255,4 @@ def _on_resid_mid(norm: nn.Module, layer: nn.Module, fn: Look) -> list[Removable
         return _edited(output, lambda x: None if delta is None else x + delta)
 
     # first of the layer's hooks: whoever looks at hook_resid_post comes after hook_resid_mid
-    return [
-        _on_input(norm, before_norm),
-        layer.register_forward_hook(after_layer, prepend=True),
-    ]
+    return [_on_input(norm, before_norm), layer.register_forward_hook(after_layer, prepend=True)]

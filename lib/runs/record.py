@@ -34,13 +34,12 @@ class Claim:
 
 
 def literals(namespace: dict) -> dict:
-    """The JSON literals a notebook has defined, without IPython's own and private names."""
+    """The JSON literals a notebook has defined under lower-case names: its parameters."""
     kinds = (str, int, float, bool, list, tuple, dict, type(None))
-    own = {"In", "Out"}
     return {
         name: value
         for name, value in namespace.items()
-        if isinstance(value, kinds) and not name.startswith("_") and name not in own
+        if isinstance(value, kinds) and name[0] != "_" and name == name.lower()
     }
 
 
