@@ -9,7 +9,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lab bench lint models clean
+.PHONY: demo test lab bench lint models figures clean
 
 demo: .venv/installed
 	@for notebook in $(NOTEBOOKS); do \
@@ -37,6 +37,9 @@ lint: .venv/installed
 
 models: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m lib.models.tiny
+
+figures: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.readme_figures
 
 clean:
 	rm -rf .venv
