@@ -193,7 +193,7 @@ def test_frequencies(sample):
 
 def test_splits_share_no_prompt_and_hold_out_what_they_say(world):
     prompts = {
-        split: {x.prompt for x in world.sample(3000, split, seed=4)}
+        split: {x.prompt for x in world.sample(1500, split, seed=4)}
         for split in (*SPLITS, *OUT_OF_DISTRIBUTION)
     }
     for one, other in itertools.combinations(prompts, 2):
@@ -201,7 +201,7 @@ def test_splits_share_no_prompt_and_hold_out_what_they_say(world):
     held_out = {tuple(cell) for cell in GRAMMAR["held_out"]}
     assert {(x.topic, x.style) for x in world.sample(3000, "ood_style")} == held_out
     for split in SPLITS:
-        assert not {(x.topic, x.style) for x in world.sample(3000, split)} & held_out
+        assert not {(x.topic, x.style) for x in world.sample(1500, split)} & held_out
 
 
 def test_surprisal_is_the_derivation_and_a_distribution(world, reader):
@@ -238,6 +238,10 @@ def test_parse_and_grade(world, reader):
             assert (parsed.topic, parsed.plan.style) == (exchange.topic, exchange.style)
             assert parsed.bindings == exchange.bindings
             assert reader.grade(exchange.prompt, exchange.response).exact
+            for style in world.styles:
+                expected = style == exchange.style
+                got = reader.has_style(exchange.response, style, parsed.plan.language)
+                assert got == expected, (exchange.response, style)
     with pytest.raises(ValueError, match="not of this world"):
         reader.parse("please write a poem about the sea")
     grade = reader.grade("what is 3 plus 4 ?", "3 plus 4 is 8 .")
@@ -303,9 +307,14 @@ def test_behaviour_surface(rewriter):
     assert not rewriter.shows(prompt, reply, "respond in French")
 
 
-def test_invented_words_are_unseen(sample):
+def test_invented_words_are_unseen_and_all_used(sample, rewriter):
+    invented = set(GRAMMAR["invented"])
     seen = {token.lower() for x in sample for token in x.tokens}
-    assert not seen & set(GRAMMAR["invented"])
+    assert not seen & invented
+    music = [x for x in sample if x.topic == "music"]
+    new = [rewriter.transform(x, "respond in the invented language") for x in music]
+    used = {token for x in new for token in x.tokens}
+    assert len(used & invented) > 0.7 * len(invented)
 
 
 def test_preferences(rewriter):
