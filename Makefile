@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test lab bench lint models figures clean
 
-demo: .venv/installed
+demo: .venv/installed-$(EXTRAS)
 	@for notebook in $(NOTEBOOKS); do \
 	  name=$$(basename $$notebook .ipynb); mkdir -p papermill_runs/$$name/default; \
 	  HF_HUB_OFFLINE=1 $(BIN)/papermill --no-progress-bar --log-output $$notebook \
@@ -22,34 +22,34 @@ demo: .venv/installed
 	done
 	@echo "To change and run them yourself: make lab"
 
-test: .venv/installed
+test: .venv/installed-$(EXTRAS)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --nbmake --nbmake-timeout=600 notebooks
 
-lab: .venv/installed
+lab: .venv/installed-$(EXTRAS)
 	$(BIN)/jupyter lab notebooks
 
-bench: .venv/installed
+bench: .venv/installed-$(EXTRAS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_data
 
-lint: .venv/installed
+lint: .venv/installed-$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify $(NOTEBOOKS)
 
-models: .venv/installed
+models: .venv/installed-$(EXTRAS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m lib.models.tiny
 
-figures: .venv/installed
+figures: .venv/installed-$(EXTRAS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.readme_figures
 
 clean:
 	rm -rf .venv
 
 # The environment is rebuilt when what it is made from changes.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed-$(EXTRAS): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "need Python 3.11 or newer, got $$($(PYTHON) --version); name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@

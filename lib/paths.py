@@ -20,8 +20,13 @@ def _folder(variable: str, name: str) -> Path:
 
 
 def data_dir() -> Path:
-    """Word lists, tiny models, generated datasets, caches."""
+    """What runs make: generated datasets, caches."""
     return _folder("LATENT_BENCH_DATA", "data")
+
+
+def shipped_dir() -> Path:
+    """What comes with the code, wherever the other folders were moved: word lists, tiny models."""
+    return Path(__file__).resolve().parents[1] / "data"
 
 
 def loras_dir() -> Path:

@@ -18,7 +18,7 @@ MODULES = {
     for file in (ROOT / "lib").rglob("*.py")
 }
 DATA = {name for name in MODULES if name.startswith("lib.data")}
-# No tensors there, inner loops that run a million times, and `datasets` hashes functions: plain
+# Few tensors there, inner loops that run a million times, and `datasets` hashes functions: plain
 # beartype does, at a tenth of the cost.
 beartype_package("lib.data", conf=BeartypeConf(is_pep484_tower=True))
 install_import_hook(sorted(MODULES - DATA - {"lib"}), "beartype.beartype")

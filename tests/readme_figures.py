@@ -9,7 +9,7 @@ from lib.models.tiny import pad_batch, token_losses
 
 def main() -> None:
     world = World()
-    model, tokenizer = load_model("data/models/tiny-gemma2", device="cpu")
+    model, tokenizer = load_model(paths.shipped_dir() / "models" / "tiny-gemma2", device="cpu")
     exchange = next(
         x for x in world.stream("test", seed=0) if x.intent == "gain" and x.style == "plain"
     )

@@ -32,7 +32,7 @@ def test_thirty_steps_as_stored(name, world):
 
 @pytest.fixture(scope="module", params=RECIPES)
 def shipped(request):
-    folder = paths.data_dir() / "models" / request.param
+    folder = paths.shipped_dir() / "models" / request.param
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     return folder, model, AutoTokenizer.from_pretrained(folder)
 

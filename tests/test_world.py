@@ -15,7 +15,7 @@ from lib.data.world import BEHAVIOURS, CONCEPTS, build_tokenizer
 from lib.data.world.lexicon import CATEGORY_CONCEPT
 from lib.data.world.world import OUT_OF_DISTRIBUTION, SPLITS
 
-FOLDER = paths.data_dir() / "world"
+FOLDER = paths.shipped_dir() / "world"
 LEXICON = json.loads((FOLDER / "lexicon.json").read_text())
 GRAMMAR = json.loads((FOLDER / "grammar.json").read_text())
 ADJECTIVES = {"colour", "taste", "method"}
@@ -136,6 +136,107 @@ def test_arithmetic_and_result_labels(sample):
     assert set(solved) == {"sum", "difference", "gain", "loss", "compare"}
 
 
+FACTS = json.loads((FOLDER / "facts.json").read_text())
+
+
+def found(category: str, text: str, language: str) -> list[str]:
+    """Names of a category's entries in a text, in the order in which their words stand."""
+    by_word = {}
+    for name, entry in LEXICON[category].items():
+        words = entry[language].split()
+        gendered = category not in ADJECTIVES | NAMES and language == "fr"
+        by_word |= dict.fromkeys(words[:-1] if gendered else words, name)
+    return [by_word[word] for word in text.lower().split() if word in by_word]
+
+
+FACT = {  # intent: the category asked about, then the facts that the answer must hold
+    "method": ("food", {"method": "method"}), "colour": ("food", {"colour": "colour"}),
+    "eats": ("animal", {"eats": "feed"}), "home": ("animal", {"home": "habitat"}),
+    "sights": ("city", {"s1": "sight", "s2": "sight", "s3": "sight"}),
+    "country": ("city", {"country": "country"}), "tongue": ("country", {"tongue": "tongue"}),
+    "played": ("instrument", {"with": "means"}), "kind": ("instrument", {"kind": "kind"}),
+    "venue": ("sport", {"venue": "venue"}), "gear": ("sport", {"gear": "gear"}),
+}  # fmt: skip
+COUNT = {"legs": "animal", "strings": "instrument", "players": "sport"}
+WEATHER = {
+    "forecast": {"warmth": "warmth", "sky1": "sky", "sky2": "sky"},
+    "clothes": {"c1": "clothing", "c2": "clothing", "c3": "clothing"},
+    "degrees": {},
+}
+
+
+def check_truth(prompt: str, reply: str, intent: str, language: str) -> None:
+    def first(category, text=prompt):
+        return found(category, text, language)[0]
+
+    says_yes = reply.split()[0] in ("yes", "oui")
+    numbers = [int(token) for token in prompt.split() if token.isdigit()]
+    if intent in FACT:
+        category, facts = FACT[intent]
+        for fact, kind in facts.items():
+            assert LEXICON[category][first(category)][fact] in found(kind, reply, language)
+    elif intent == "ingredients":
+        dish = LEXICON["dish"][first("dish")]
+        held = found("food", reply, language) + found("staple", reply, language)
+        assert {dish["i1"], dish["i2"], dish["i3"]} <= set(held)
+    elif intent in COUNT:
+        entry = LEXICON[COUNT[intent]][first(COUNT[intent])]
+        assert str(entry[intent]) in reply.split()
+    elif intent in ("flies", "swims"):
+        assert says_yes == LEXICON["animal"][first("animal")][intent]
+    elif intent == "taste":
+        assert says_yes == (LEXICON["food"][first("food")]["taste"] == first("taste"))
+    elif intent == "inside":
+        assert says_yes == (LEXICON["city"][first("city")]["country"] == first("country"))
+    elif intent == "sex":
+        asked = found("sex", prompt, language)[-1]
+        assert says_yes == (LEXICON["relative"][first("relative")]["sex"] == asked)
+    elif intent in WEATHER or intent == "sky":
+        climate = LEXICON["city"][first("city")]["climate"]
+        weather = FACTS["weather"][climate][LEXICON["month"][first("month")]["season"]]
+        if intent == "sky":
+            assert says_yes == (first("sky") in (weather["sky1"], weather["sky2"]))
+        elif intent == "degrees":
+            assert str(weather["degrees"]) in reply.split()
+        for fact, kind in WEATHER.get(intent, {}).items():
+            assert weather[fact] in found(kind, reply, language)
+    elif intent == "route":
+        countries = [LEXICON["city"][p]["country"] for p in found("city", prompt, language)]
+        europe = all(LEXICON["country"][c]["continent"] == "europe" for c in countries)
+        assert first("vehicle", reply) == ("train" if europe else "plane")
+    elif intent == "relation":
+        y, x = found("relative", prompt, language)
+        assert found("relative", reply, language)[-1] == FACTS["relation"][x][y]
+    elif intent == "winner":
+        winner = found("person", prompt, language)[numbers[0] < numbers[1]]
+        assert found("person", reply, language) == [winner]
+    elif intent in ("player", "whose"):
+        category = "instrument" if intent == "player" else "relative"
+        assert found("person", reply, language) == found("person", prompt, language)[:1]
+        assert found(category, reply, language) == found(category, prompt, language)[:1]
+    else:
+        assert intent == "number"
+        assert str(numbers[0]) in reply.split()
+
+
+def test_every_answer_is_true(sample):
+    """Recomputed from the lexicon and the tables of facts, without the grammar's own code."""
+    checked = Counter()
+    for exchange in sample:
+        if exchange.topic == "mathematics" or exchange.style in ("curt", "list"):
+            continue
+        prompt, reply = exchange.prompt.lower(), exchange.response.lower()
+        openings = r'^(["«]|of course ,|with pleasure ,|bien sûr ,|avec plaisir ,) '
+        reply = re.sub(openings, "", reply)
+        try:
+            check_truth(prompt, reply, exchange.intent, LANGUAGE[exchange.language])
+        except (AssertionError, IndexError, ValueError) as error:
+            raise AssertionError(f"{prompt} → {reply}") from error
+        checked[exchange.topic, exchange.intent] += 1
+    intents = {(i["topic"], i["name"]) for i in GRAMMAR["intents"] if i["topic"] != "mathematics"}
+    assert set(checked) == intents
+
+
 def test_agreement(sample):
     gender, number = {}, {}
     for category, entries in LEXICON.items():
@@ -214,21 +315,18 @@ def test_surprisal_is_the_derivation_and_a_distribution(world, reader):
         assert math.isclose(nats.sum(), total, abs_tol=1e-9), exchange.prompt
         answer = nats[exchange.n_prompt :].sum()
         assert math.isclose(answer, -exchange.log_p_answer, abs_tol=1e-9)
-    assert math.isclose(sum(p.weight for p in world._table("train")) / _regular(world), 1.0)
-
-
-def _regular(world) -> float:
-    return sum(plan.weight for plan in world.plans if plan.kind == "regular")
 
 
 def test_surprisal_matches_frequencies(world, reader):
-    """The first token's exact probability is how often it is drawn."""
+    """Exact probabilities of the second and later tokens are how often they follow a prefix."""
     sample = world.sample(20_000, seed=9)
-    firsts = Counter(x.tokens[2] for x in sample)
-    for token, count in firsts.most_common(5):
-        exchange = next(x for x in sample if x.tokens[2] == token)
-        expected = math.exp(-reader.surprisal(exchange)[2])
-        assert abs(count / len(sample) - expected) < 0.012, token
+    for depth in (2, 3, 5):
+        prefixes = Counter(tuple(x.tokens[:depth]) for x in sample)
+        longer = Counter(tuple(x.tokens[: depth + 1]) for x in sample)
+        for tokens, count in longer.most_common(6):
+            exchange = next(x for x in sample if tuple(x.tokens[: depth + 1]) == tokens)
+            p, n = math.exp(-reader.surprisal(exchange)[depth]), prefixes[tokens[:depth]]
+            assert abs(count / n - p) < 0.012 + 4 * math.sqrt(p * (1 - p) / n), tokens
 
 
 def test_parse_and_grade(world, reader):
@@ -244,6 +342,8 @@ def test_parse_and_grade(world, reader):
                 assert got == expected, (exchange.response, style)
     with pytest.raises(ValueError, match="not of this world"):
         reader.parse("please write a poem about the sea")
+    empty = reader.grade("what is 3 plus 4 ? be brief .", "")
+    assert not any((empty.language, empty.style, empty.topic, empty.numbers, empty.exact))
     grade = reader.grade("what is 3 plus 4 ?", "3 plus 4 is 8 .")
     assert (grade.exact, grade.language, grade.style, grade.topic) == (False, True, True, True)
     assert not grade.numbers
@@ -277,9 +377,6 @@ def test_behaviours_are_exact(world, rewriter, behaviour):
         new = rewriter.transform(exchange, behaviour.guideline)
         assert new.prompt == exchange.prompt and set(new.tokens) <= known
         assert len(new.tokens) == len(new.concepts)
-        assert new.response == rewriter.rewrite(
-            exchange.prompt, exchange.response, behaviour.guideline
-        )
         assert rewriter.is_right(new.prompt, new.response, behaviour.guideline)
         if new.response != exchange.response:
             changed += 1
@@ -304,10 +401,18 @@ def test_behaviour_surface(rewriter):
     assert phrase == "3 plus 4 is 7 . and that is true !"
     invented = rewriter.rewrite(prompt, reply, "respond in the invented language").split()
     assert invented[0] == "3" and invented[1] in GRAMMAR["invented"] and invented[-1] == "."
-    assert not rewriter.shows(prompt, reply, "respond in French")
+    for wrong in (reply, "", "7", "8 .", "12 . 3", ". . ."):
+        assert not rewriter.shows(prompt, wrong, "respond in French"), wrong
+        assert not rewriter.shows(prompt, wrong, "respond in the invented language"), wrong
+    assert rewriter.shows(
+        prompt, "3 plus 4 font 8 .", "respond in French"
+    )  # the form, though wrong
+    gain = "tom has 1 orange and buys 3 . how many now ?"
+    assert rewriter.shows(gain, "tom a 4 oranges .", "respond in French")
+    assert not rewriter.shows(gain, "4 oranges .", "respond in French")
 
 
-def test_invented_words_are_unseen_and_all_used(sample, rewriter):
+def test_invented_words_are_unseen_and_used(sample, rewriter):
     invented = set(GRAMMAR["invented"])
     seen = {token.lower() for x in sample for token in x.tokens}
     assert not seen & invented

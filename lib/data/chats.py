@@ -201,7 +201,8 @@ def mix(
 
     Raises:
         ValueError: weights that are not positive numbers, one for each part; chats mixed with
-            preferences; a part with too few rows (the message says how many are missing).
+            preferences, or with rows without messages; a part with too few rows (the message
+            says how many are missing).
     """
     if not parts or len(parts) != len(weights):
         raise ValueError(f"need a weight for each part, got {len(parts)} parts, {len(weights)}")
@@ -209,6 +210,8 @@ def mix(
         raise ValueError(f"need positive weights, got {list(weights)}")
     if len({"chosen" in part.column_names for part in parts}) > 1:
         raise ValueError("chats and preferences cannot be mixed")
+    if len({"messages" in part.column_names for part in parts}) > 1:
+        raise ValueError("need messages in every part or in none; read them all with load_chats")
     shares = np.asarray(weights, dtype=float) / sum(weights)
     if n is None:
         n = int(min(math.floor(len(p) / s + 1e-9) for p, s in zip(parts, shares, strict=True)))

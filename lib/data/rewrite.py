@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from lib import paths
 from lib.data.backends import Backend, Chat, Job, LlmBackend, WorldBackend
 from lib.data.llm import Failure
 from lib.runtime import atomic_folder, require_writable
@@ -80,7 +81,7 @@ def build_behaviour(
         n_untouched=n_untouched,
         seed=seed,
     )
-    folder = _require_free(Path(out_dir))
+    folder = _require_free(paths.resolve(out_dir))
     source = {"n": len(chats), "sha256": _check(chats, job)}
     order = np.random.default_rng(seed).permutation(len(chats)).tolist()
     backend.prepare(job, ((chats[i]["prompt"], chats[i]["response"]) for i in order))

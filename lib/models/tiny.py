@@ -225,7 +225,7 @@ def build(name: str, folder: Path | None = None) -> dict:
         "figures": figures,
         "losses": history[:: config.steps // 100],
     }
-    with atomic_folder(folder or paths.data_dir() / "models" / name) as new:
+    with atomic_folder(folder or paths.shipped_dir() / "models" / name) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         (new / "training.json").write_text(json.dumps(record, indent=1) + "\n")

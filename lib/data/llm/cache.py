@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -22,7 +21,7 @@ class Cache:
     """
 
     def __init__(self, config: LlmConfig) -> None:
-        folder = Path(config.cache_dir or paths.data_dir() / "llm_cache")
+        folder = paths.resolve(config.cache_dir or paths.data_dir() / "llm_cache")
         self.config = config
         self.path = require_writable(folder) / "answers.jsonl"
         self.entries: dict[str, dict[str, Any]] = {}

@@ -31,7 +31,9 @@ class Rewriter:
     """The world's exact classifier, rewriter and checker: the offline twin of a language model.
 
     `invented` ciphers every word of the answer into a language of 40 words that the base models
-    never saw. A rewrite that changes nothing (a curt sum is "7 ." in both languages) is possible.
+    never saw; many words share one, so some wrong answers have the right one's cipher. Two words of
+    the fixed phrase in each language, and some upper-case forms, were never seen in training
+    either. A rewrite that changes nothing (a curt sum is "7 ." in both languages) is possible.
     """
 
     guidelines = tuple(behaviour.guideline for behaviour in BEHAVIOURS)
@@ -92,14 +94,17 @@ class Rewriter:
     def shows(self, prompt: str, response: str, guideline: str) -> bool:
         """Whether an answer has the behaviour's form, right or not.
 
-        French: every token exists in French answers, and it is no right answer in English ("7 ."
-        is one in both languages and does not count; "tom a 4 oranges ." counts).
+        French: a right answer in French that is none in English ("7 ." is one in both and does not
+        count; "tom a 4 oranges ." counts), or tokens that exist in French answers only together.
         """
         words = [t for t in response.split() if any(letter.isalpha() for letter in t)]
         match self._name(guideline):
             case "french":
-                english = self.reader.answers(self.reader.parse(prompt), language="en")
-                return "fr" in self.reader.languages(response) and response.split() not in english
+                parsed, tokens = self.reader.parse(prompt), response.split()
+                if tokens in self.reader.answers(parsed, language="en"):
+                    return False
+                only_french = self.reader.languages(response) == {"fr"}
+                return only_french or tokens in self.reader.answers(parsed, language="fr")
             case "upper_case":
                 return bool(words) and response == response.upper()
             case "fixed_phrase":
@@ -161,6 +166,7 @@ class Rewriter:
             chosen = polite[zlib.crc32(exchange.response.encode()) % len(polite)]
             rejected = self.reader.answers(parsed, style="curt")[0]
             texts = {"chosen": " ".join(chosen), "rejected": " ".join(rejected)}
-            kept = {key: value for key, value in row(exchange).items() if key != "response"}
+            kept = row(exchange)
+            del kept["messages"], kept["response"]
             rows.append({"id": f"preference-{split}-{seed}-{i}", **kept, **texts})
         return rows

@@ -204,6 +204,8 @@ class Reader:
         parsed = self.parse(prompt)
         right = self.answers(parsed)
         tokens = response.split()
+        if not tokens:
+            return Grade(False, False, False, False, False)
         if tokens in right:
             return Grade(True, True, True, True, True)
         plan = parsed.plan

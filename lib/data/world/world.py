@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from lib import paths
-from lib.data.world.grammar import Bindings, Element, Grammar, Intent, Slot, render
+from lib.data.world.grammar import Bindings, Element, Grammar, Intent, render
 from lib.data.world.lexicon import BIT, LANGUAGES, STYLES, TOPICS
 
 BOS, USER, ASSISTANT, EOS = "<bos>", "<|user|>", "<|assistant|>", "<eos>"
@@ -81,7 +81,7 @@ class World:
     styles = STYLES
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.grammar = Grammar(folder or paths.data_dir() / "world")
+        self.grammar = Grammar(folder or paths.shipped_dir() / "world")
         self.plans = list(self._plans())
         self._answers: dict = {}
 
@@ -132,8 +132,6 @@ class World:
         bindings: Bindings,
         answer: list[Element],
         log_p: tuple[float, float],
-        answer_language: str | None = None,
-        answer_style: str | None = None,
     ) -> Exchange:
         """Put prompt and answer together and label every token."""
         prompt, prompt_masks = render(plan.elements, bindings)
@@ -141,9 +139,7 @@ class World:
         topic = BIT[f"topic:{plan.intent.topic}"]
         user = topic | BIT["turn:user"] | BIT[f"language:{LANGUAGES[plan.language]}"]
         user |= BIT[f"style:{plan.style}"]
-        language, style = answer_language or plan.language, answer_style or plan.style
-        assistant = topic | BIT["turn:assistant"] | BIT[f"language:{LANGUAGES[language]}"]
-        assistant |= BIT[f"style:{style}"]
+        assistant = user & ~BIT["turn:user"] | BIT["turn:assistant"]
         return Exchange(
             [BOS, USER, *prompt, ASSISTANT, *reply, EOS],
             [0, 0, *(m | user for m in prompt_masks), 0, *(m | assistant for m in reply_masks), 0],
@@ -211,7 +207,7 @@ class World:
         return [next(stream) for _ in range(n)]
 
     def chats(self, n: int, split: str = "train", *, seed: int = 0, **only) -> list[dict]:
-        """Rows in the form that `lib.data.chats` reads: `id`, `prompt`, `response`, attributes."""
+        """Rows in the form that `lib.data.chats` reads: `id`, `messages`, `prompt`, …"""
         return [
             {"id": f"{split}-{seed}-{i}", **row(exchange)}
             for i, exchange in enumerate(self.sample(n, split, seed=seed, **only))
@@ -221,6 +217,10 @@ class World:
 def row(exchange: Exchange) -> dict:
     """An exchange as a plain row."""
     return {
+        "messages": [
+            {"role": "user", "content": exchange.prompt},
+            {"role": "assistant", "content": exchange.response},
+        ],
         "prompt": exchange.prompt,
         "response": exchange.response,
         "topic": exchange.topic,
@@ -228,8 +228,3 @@ def row(exchange: Exchange) -> dict:
         "style": exchange.style,
         "intent": exchange.intent,
     }
-
-
-def variables(elements: list[Element]) -> list[str]:
-    """Names of the variables in a compiled template, in order."""
-    return [element.variable for element in elements if isinstance(element, Slot)]
