@@ -108,7 +108,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _fsync(new)
         if path.exists():
             path.replace(old)
-        new.replace(path)
+        try:
+            new.replace(path)
+        except BaseException:
+            if old.exists():
+                old.replace(path)
+            raise
         _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -180,6 +180,18 @@ BAD = {
     "empty file": (b"", "a.jsonl is empty"),
     "blank": (b"\n\n", "has no rows"),
     "surrogate": (b'{"prompt": "\\ud800", "response": "b"}\n', "prompt: character 0 is half"),
+    "surrogate id": (
+        b'{"id": "\\ud800", "prompt": "a", "response": "b"}\n',
+        "line 1.* id: character 0 is half",
+    ),
+    "list topic": (
+        b'{"topic": ["x"], "prompt": "a", "response": "b"}\n',
+        "topic: need text or a number, got list",
+    ),
+    "long number": (
+        b'{"id": ' + b"1" * 5000 + b"}\n",
+        "line 1 is not JSON that can be",
+    ),
     "twice": (
         b'{"id": 7, "prompt": "a", "response": "b"}\n' * 3,
         r"2 rows repeat .* '7' \(a.jsonl",

@@ -48,6 +48,23 @@ def test_atomic_folder(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_atomic_folder_gives_the_old_one_back(tmp_path, monkeypatch):
+    path, real = tmp_path / "checkpoint", Path.replace
+    with runtime.atomic_folder(path) as new:
+        (new / "one").write_text("one")
+
+    def fail(self, target):
+        if self.name == "new":
+            raise OSError("no space")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no space"), runtime.atomic_folder(path) as new:
+        (new / "two").write_text("two")
+    assert [file.name for file in path.iterdir()] == ["one"]
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
+
+
 def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write in .*file"):

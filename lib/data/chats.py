@@ -169,7 +169,7 @@ def _columns(row: Mapping[str, Any], schema: str, features: Features) -> dict[st
         text = json.dumps(got, sort_keys=True).encode()
         got["id"] = _HASHED + hashlib.blake2b(text, digest_size=10).hexdigest()
     else:
-        got["id"] = str(given)
+        got["id"] = schemas.checked_text(str(given), "id")
     if "messages" in got:
         got["prompt"], got["response"] = (turn["content"] for turn in got["messages"][-2:])
     for name in _CARRIED.keys() & features.keys():
@@ -181,7 +181,9 @@ def _carried(value: Any, name: str) -> str | float | None:
     if value is None or value == "":
         return None
     if name not in SCORES:
-        return str(value)
+        if isinstance(value, list | dict):
+            raise schemas.BadRow(f"{name}: need text or a number, got {type(value).__name__}")
+        return schemas.checked_text(str(value), name)
     try:
         return float(value)
     except (TypeError, ValueError):

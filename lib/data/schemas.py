@@ -62,7 +62,7 @@ def read_row(row: Mapping[str, Any], schema: str) -> dict[str, Any]:
         messages = _messages(row["conversations"], "conversations")
     elif schema == "Alpaca":
         extra = f"\n\n{row['input']}" if row.get("input") else ""
-        prompt = _text(row["instruction"], "instruction") + extra
+        prompt = checked_text(row["instruction"], "instruction") + extra
         messages = [_turn("user", prompt), *_answer(row, "output")]
     else:
         messages = [*_prompt(row), *_answer(row, SCHEMAS[schema][1])]
@@ -85,7 +85,8 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise BadRow(f"{missing}; need an assistant turn at the end")
 
 
-def _text(value: Any, field: str) -> str:
+def checked_text(value: Any, field: str) -> str:
+    """The value, if it is text that UTF-8 can hold and is not blank; BadRow otherwise."""
     if not isinstance(value, str):
         raise BadRow(f"{field}: need text, got {type(value).__name__}")
     if not value.strip():
@@ -113,7 +114,7 @@ def _messages(value: Any, field: str) -> list[Message]:
         role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ("system", "user", "assistant"):
             raise BadRow(f"{here}: unknown role {role!r}; need system, user or assistant")
-        messages.append(_turn(role, _text(turn.get("content", turn.get("value")), here)))
+        messages.append(_turn(role, checked_text(turn.get("content", turn.get("value")), here)))
     return messages
 
 
@@ -122,19 +123,19 @@ def _prompt(row: Mapping[str, Any]) -> list[Message]:
     value = row.get("prompt")
     if isinstance(value, Sequence) and not isinstance(value, str):
         return _messages(value, "prompt")
-    text = _text(value, "prompt")
+    text = checked_text(value, "prompt")
     if "helpfulness" not in row:
         return [_turn("user", text)]
     first, *rest = _HELPSTEER_TURN.split(text)
     turns = [("user", first), *zip(map(str.lower, rest[::2]), rest[1::2], strict=True)]
-    return [_turn(role, _text(content, "prompt")) for role, content in turns]
+    return [_turn(role, checked_text(content, "prompt")) for role, content in turns]
 
 
 def _answer(row: Mapping[str, Any], field: str) -> list[Message]:
     value = row.get(field)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return _messages(value, field)
-    return [_turn("assistant", _text(value, field))]
+    return [_turn("assistant", checked_text(value, field))]
 
 
 def _transcript(text: str, field: str) -> list[Message]:
@@ -142,7 +143,7 @@ def _transcript(text: str, field: str) -> list[Message]:
     _, *rest = _HH_TURN.split(text)
     roles = ["user" if name == "Human" else "assistant" for name in rest[::2]]
     return [
-        _turn(role, _text(part.strip(), field))
+        _turn(role, checked_text(part.strip(), field))
         for role, part in zip(roles, rest[1::2], strict=True)
     ]
 

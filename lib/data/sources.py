@@ -138,6 +138,8 @@ def _parse(text: str, file: Path, line: int) -> Any:
     except json.JSONDecodeError as error:
         where = f"{file.name} line {line + error.lineno - 1} column {error.colno}"
         raise ValueError(f"{where} is not JSON: {error.msg}") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ValueError(f"{file.name} line {line} is not JSON that can be read: {error}") from None
     except RecursionError:
         raise ValueError(
             f"{file.name} line {line} is not JSON that can be read: too deep"

@@ -125,7 +125,7 @@ def _commit() -> str | None:
     """The checkout's commit, with `+` where the tree has changes; None outside a checkout."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(paths.root()), *arguments]
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

@@ -69,7 +69,7 @@ class Rewriter:
 
     def _name(self, guideline: str) -> str:
         for behaviour in BEHAVIOURS:
-            if guideline.strip().lower() == behaviour.guideline.lower():
+            if guideline == behaviour.guideline:
                 return behaviour.name
         raise ValueError(f"need a guideline in {list(self.guidelines)}, got {guideline!r}")
 

@@ -146,7 +146,9 @@ class Reader:
 
         No predictor that has not seen the split's own hash can have a lower expected loss. It sums
         over every plan that is still possible, so it is no property of the derivation that was
-        drawn; its sum is nevertheless `-(log_p_prompt + log_p_answer)`, which the tests check.
+        drawn; for exchanges of a regular split drawn without `topics` or `styles`, its sum is
+        nevertheless `-(log_p_prompt + log_p_answer)`, which the tests check. Prompts of the
+        out-of-distribution splits have no probability in training: ValueError.
         """
         prompt = [*exchange.tokens[2 : exchange.n_prompt - 1], ASSISTANT]
         table = self.world._table("train")
