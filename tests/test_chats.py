@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from trl.data_utils import is_conversational
 
 from lib.data import sources
-from lib.data.chats import load_chats, mix, split_by_prompt
+from lib.data.chats import load_chats
+from lib.data.mixing import mix, split_by_prompt
 from lib.data.tokenize import IGNORED, collate, tokenize_chats
 
 U, A, S = "user", "assistant", "system"
