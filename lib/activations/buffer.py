@@ -1,0 +1,141 @@
+"""A shuffle buffer: activations of many texts mixed into batches, in seeded order, resumable."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lib.activations.source import Source, finite_block
+
+
+class Buffer(Iterator[Tensor]):
+    """Endless batches of exactly `batch_size` tokens, drawn from a pool of `n_tokens`.
+
+    Blocks enter the pool in an order drawn anew each epoch; whenever the pool is half empty it is
+    filled up and shuffled. Every token of the source is served once an epoch, the last of an epoch
+    before the first of the next, so the batch between two epochs holds tokens of both.
+
+    Raises:
+        ValueError: `batch_size` below 1 or above `n_tokens`, a source without blocks; later, at
+            the batch that meets it, a source without tokens, NaN or infinite activations.
+    """
+
+    def __init__(
+        self, source: Source, *, batch_size: int, n_tokens: int = 65536, seed: int = 0
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"need batch_size >= 1, got {batch_size}")
+        if n_tokens < batch_size:
+            raise ValueError(f"need n_tokens >= batch_size {batch_size}, got {n_tokens}")
+        if source.n_blocks < 1:
+            raise ValueError("need a source with at least one block, got an empty one")
+        self.source, self.batch_size, self.n_tokens = source, batch_size, n_tokens
+        self.epoch = 0
+        """Of the next token to be served."""
+        self.n_served = 0
+        """Tokens served since the beginning, over all epochs."""
+        self._random = torch.Generator().manual_seed(seed)
+        self._blocks = torch.randperm(source.n_blocks, generator=self._random)
+        self._next_block = 0
+        self._pool: Tensor | None = None  # [n_tokens d_in]; made when the first block is seen
+        self._order = torch.empty(0, dtype=torch.long)  # slots of the pool still to be served
+        self._rest: Tensor | None = None  # what did not fit of the last block
+
+    def __next__(self) -> Float[Tensor, "batch d_in"]:
+        parts, missing = [], self.batch_size
+        while missing:
+            if len(self._order) <= self.n_tokens // 2:
+                self._refill()
+            if not len(self._order):
+                self._start_epoch()
+                continue
+            slots, self._order = self._order[:missing], self._order[missing:]
+            parts.append(self._pool[slots.to(self._pool.device)])
+            missing -= len(slots)
+            self.n_served += len(slots)
+        if not len(self._order) and self._exhausted:
+            self._start_epoch()
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    @property
+    def _exhausted(self) -> bool:
+        waiting = self._rest is not None and len(self._rest) > 0
+        return self._next_block == len(self._blocks) and not waiting
+
+    def _start_epoch(self) -> None:
+        if not self.n_served:
+            raise ValueError("need a source with tokens, got blocks that are all empty")
+        self.epoch += 1
+        self._next_block = 0
+        self._blocks = torch.randperm(len(self._blocks), generator=self._random)
+
+    def _refill(self) -> None:
+        """Fill the free slots from the blocks that are left of the epoch, and shuffle."""
+        if self._exhausted:
+            return
+        taken = torch.zeros(self.n_tokens, dtype=torch.bool)
+        taken[self._order] = True
+        free = (~taken).nonzero()[:, 0]
+        n_filled = 0
+        while n_filled < len(free) and not self._exhausted:
+            if self._rest is None or not len(self._rest):
+                self._rest = self._fetch()
+            slots = free[n_filled : n_filled + len(self._rest)]
+            self._pool[slots.to(self._pool.device)] = self._rest[: len(slots)]
+            self._rest = self._rest[len(slots) :].clone()  # a view would hold the whole block
+            n_filled += len(slots)
+        live = torch.cat([self._order, free[:n_filled]])
+        self._order = live[torch.randperm(len(live), generator=self._random)]
+
+    def _fetch(self) -> Tensor:
+        acts = finite_block(self.source, int(self._blocks[self._next_block])).acts
+        self._next_block += 1
+        if self._pool is None:
+            self._pool = acts.new_empty(self.n_tokens, acts.shape[1])
+        self._pool = self._pool.to(acts.device)  # after load_state_dict it may be on the CPU
+        return acts
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the coming batches depend on besides the source: tensors, for safetensors."""
+        d_in = sum(self.source.site_dims)
+        nothing = torch.empty(0, d_in) if self._pool is None else self._pool[:0]
+        slots = self._order.to(nothing.device)
+        numbers = [self.batch_size, self.n_tokens, self.epoch, self.n_served, self._next_block]
+        return {
+            "pool": nothing if self._pool is None else self._pool[slots],  # in serving order
+            "rest": nothing.clone() if self._rest is None else self._rest.clone(),
+            "blocks": self._blocks.clone(),
+            "random": self._random.get_state(),
+            "numbers": torch.tensor(numbers),
+            "source": _bytes(self.source.fingerprint),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue where `state_dict` was taken: the same batches, bit for bit.
+
+        Raises:
+            ValueError: the state is of another source, `batch_size` or `n_tokens`.
+        """
+        batch_size, n_tokens, epoch, n_served, next_block = state["numbers"].tolist()
+        for name, got in (("batch_size", batch_size), ("n_tokens", n_tokens)):
+            if got != getattr(self, name):
+                raise ValueError(
+                    f"need a state with {name} {getattr(self, name)}, got one with {got}"
+                )
+        if not torch.equal(state["source"].cpu(), _bytes(self.source.fingerprint)):
+            raise ValueError(
+                f"need a state of source {self.source.fingerprint[:12]}…, got one of "
+                f"{bytes(state['source'].tolist()).decode()[:12]}…"
+            )
+        self.epoch, self.n_served, self._next_block = epoch, n_served, next_block
+        self._blocks = state["blocks"].cpu().clone()
+        self._random.set_state(state["random"].cpu())
+        self._order = torch.arange(len(state["pool"]))
+        self._rest = state["rest"].clone()
+        self._pool = state["pool"].new_empty(n_tokens, state["pool"].shape[1])
+        self._pool[: len(state["pool"])] = state["pool"]
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
