@@ -1,5 +1,6 @@
 """Shapes and types of `lib` are checked under pytest only, by jaxtyping and beartype."""
 
+import multiprocessing
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,3 +42,14 @@ def reader(world) -> Reader:
 @pytest.fixture(scope="session")
 def rewriter(world) -> Rewriter:
     return Rewriter(world)
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """Starts processes in milliseconds, to be killed: the server has imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.fit_worker"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # the server does not look in pytest's path
+        context.Process(target=int).start()
+    return context

@@ -1,0 +1,103 @@
+"""Checkpoints of a fit: one folder a step, complete or absent; the newest is what counts."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lib.dictionaries.trainee import Trainee
+from lib.runtime import atomic_folder
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A stream that can be put back to where it was, such as `lib.activations.buffer.Buffer`."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    trainees: dict[str, Trainee],
+    stream: Any,
+    config: dict,
+    history: dict[str, list[dict]],
+) -> None:
+    """Write `checkpoint-<step>` and then remove older ones."""
+    with atomic_folder(folder / f"checkpoint-{step}") as new:
+        for i, trainee in enumerate(trainees.values()):
+            save_file(_plain(trainee.state()), new / f"{i}.safetensors")
+        if isinstance(stream, Resumable):
+            save_file(_plain(stream.state_dict()), new / "stream.safetensors")
+        state = {"step": step, "config": config, "names": list(trainees), "history": history}
+        (new / "state.json").write_text(json.dumps(state))
+    for other in _checkpoints(folder):
+        if other[0] != step:
+            shutil.rmtree(other[1])
+
+
+def load_checkpoint(
+    folder: Path, trainees: dict[str, Trainee], stream: Any, config: dict
+) -> tuple[int, dict[str, list[dict]]] | None:
+    """Put everything back to the newest checkpoint; None if there is none.
+
+    A stream that is not `Resumable` is read and thrown away up to that step.
+
+    Returns:
+        The number of steps done, and the history so far.
+
+    Raises:
+        ValueError: it is of another config; the message lists what differs.
+    """
+    found = _checkpoints(folder)
+    if not found:
+        return None
+    newest = max(found)[1]
+    state = json.loads((newest / "state.json").read_text())
+    differing = list(_differences(state["config"], json.loads(json.dumps(config))))
+    if differing:
+        raise ValueError(
+            f"cannot resume {newest}: it was made with another config ({'; '.join(differing)}); "
+            "use another folder, or resume=False to start again"
+        )
+    for i, trainee in enumerate(trainees.values()):
+        trainee.load_state(load_file(newest / f"{i}.safetensors"))
+    if isinstance(stream, Resumable):
+        stream.load_state_dict(load_file(newest / "stream.safetensors"))
+    else:
+        for _ in range(state["step"]):
+            next(stream)
+    return state["step"], state["history"]
+
+
+def clear_checkpoints(folder: Path) -> None:
+    for _, path in _checkpoints(folder):
+        shutil.rmtree(path)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir())
+    return [(int(match[1]), path) for match, path in named if match]
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(t).detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def _differences(then: Any, now: Any, where: str = ""):
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted({*then, *now}):
+            inner = f"{where}.{key}" if where else key
+            yield from _differences(then.get(key), now.get(key), inner)
+    elif then != now:
+        yield f"{where}: then {then!r}, now {now!r}"

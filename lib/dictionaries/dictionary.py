@@ -1,0 +1,219 @@
+"""The one dictionary module: every rule, any number of sites, SAE or transcoder.
+
+Its input is the concatenation of its sites' activations, so a crosscoder is a dictionary with
+several sites. `pre = (x - b_dec) @ W_enc + b_enc`, `acts = rule(pre)`, `x_hat = acts @ W_dec +
+b_dec`.
+"""
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lib.dictionaries.config import DictionaryConfig
+from lib.dictionaries.kernels import SparseActs, active_pre_acts, sparse_decode
+from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, TopK
+
+
+class Dictionary(nn.Module):
+    """A sparse dictionary. Rows of `encoder` and `W_dec` belong to latents.
+
+    Random unit rows, encoder equal to decoder, biases 0; torch's seed decides them.
+    """
+
+    def __init__(self, config: DictionaryConfig) -> None:
+        super().__init__()
+        self.config = config
+        rows = torch.randn(config.d_sae, config.d_out)
+        self.W_dec = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
+        if config.tied:
+            self.encoder = None
+        elif config.d_in == config.d_out:
+            self.encoder = nn.Parameter(self.W_dec.detach().clone())
+        else:
+            start = torch.randn(config.d_sae, config.d_in) / math.sqrt(config.d_in)
+            self.encoder = nn.Parameter(start)
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_out))
+        config.rule.init(self)
+
+    @property
+    def d_in(self) -> int:
+        return self.config.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.config.d_out
+
+    @property
+    def d_sae(self) -> int:
+        return self.config.d_sae
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
+        return self.encoder_rows.T
+
+    @property
+    def encoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
+        return self.W_dec if self.encoder is None else self.encoder
+
+    @property
+    def b_in(self) -> Float[Tensor, "d_in"]:
+        """What is subtracted from the input."""
+        applied = self.config.apply_b_dec_to_input
+        return self.b_dec if applied else self.b_dec.new_zeros(self.d_in)
+
+    def code_norms(self) -> Float[Tensor, "d_sae"]:
+        """See `DictionaryConfig.code_norm`."""
+        kind, dims = self.config.code_norm, self.config.out_dims or self.config.site_dims
+        single = len(dims) == 1 or kind == "decoder"
+        if kind == "none" or (single and self.config.unit_norm_decoder):
+            return self.W_dec.new_ones(self.d_sae)
+        parts = (self.W_dec,) if kind == "decoder" else self.W_dec.split(dims, dim=1)
+        return torch.stack([part.norm(dim=1) for part in parts]).sum(0)
+
+    def pre_acts(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        """`(x - b_dec) @ W_enc + b_enc`: a Gated dictionary's gate, every other rule's input."""
+        bias = self.b_enc
+        if self.config.apply_b_dec_to_input:
+            bias = bias - self.encoder_rows @ self.b_dec
+        return torch.addmm(bias, x, self.W_enc)
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Latents of every activation, each on its own.
+
+        Raises:
+            ValueError: `x` has another width.
+        """
+        flat = self._flat(x)
+        return self.config.rule.acts(self.pre_acts(flat), self).reshape(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseActs:
+        """The non-zero latents of `encode`, as pairs."""
+        pre = self.pre_acts(self._flat(x))
+        if isinstance(self.config.rule, TopK):
+            active = self.config.rule.select(pre, self)
+            return active.with_values(active.values.relu()).nonzero()
+        return SparseActs.of(self.config.rule.acts(pre, self))
+
+    def decode(self, acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        return acts @ self.W_dec + self.b_dec
+
+    def decode_sparse(self, acts: SparseActs) -> Float[Tensor, "n d_out"]:
+        return sparse_decode(acts.values, acts, self.W_dec) + self.b_dec
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The reconstruction."""
+        return self.decode(self.encode(x))
+
+    def training_acts(
+        self, x: Float[Tensor, "n d_in"]
+    ) -> tuple[SparseActs | Float[Tensor, "n d_sae"], Float[Tensor, "n d_sae"]]:
+        """Latents as they are trained, and pre-activations.
+
+        A sparse rule gives pairs with a graph, and pre-activations without one; it may look at
+        the whole batch. The others give dense matrices with a graph.
+        """
+        rule = self.config.rule
+        if not rule.sparse:
+            pre = self.pre_acts(x)
+            return rule.acts(pre, self), pre
+        with torch.no_grad():
+            pre = self.pre_acts(x)
+            active = rule.select(pre, self)
+        values = active_pre_acts(x, self.encoder_rows, self.b_enc, self.b_in, active)
+        return active.with_values(values.relu()), pre
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Divide every decoder row by its norm, if the config asks for unit rows."""
+        if self.config.unit_norm_decoder:
+            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+    @torch.no_grad()
+    def project_decoder_grad_(self) -> None:
+        """Remove from each decoder row's gradient what would change only the row's norm."""
+        grad = self.W_dec.grad
+        if self.config.unit_norm_decoder and grad is not None:
+            grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
+
+    @torch.no_grad()
+    def folded(self, mean: Float[Tensor, "d_in"], scale: Float[Tensor, "d_in"]) -> "Dictionary":
+        """The dictionary of raw activations that does what this one does on `(x - mean) * scale`.
+
+        Under a uniform scale decoder rows stay as they are and latents take the raw unit. Under
+        any other scale rows lose their unit norm, and latents keep the normalised unit.
+
+        Raises:
+            ValueError: a transcoder, whose output would need a normaliser of its own.
+        """
+        if self.config.out_dims is not None:
+            raise ValueError("cannot fold a normaliser into a transcoder; fit it without one")
+        uniform = bool((scale == scale[0]).all())
+        config = replace(
+            self.config,
+            unit_norm_decoder=self.config.unit_norm_decoder and uniform,
+            tied=self.config.tied and uniform,
+            code_norm=self.config.code_norm if uniform else "none",
+        )
+        if not uniform and self.config.code_norm == "crosscoder" and self.config.rule.sparse:
+            raise ValueError("cannot fold a non-uniform scale under code_norm 'crosscoder'")
+        other = copy.deepcopy(self)
+        other.config = config
+        if other.encoder is None and not config.tied:
+            other.encoder = nn.Parameter(self.W_dec.clone())
+        other.b_dec.copy_(mean + self.b_dec / scale)
+        if not config.apply_b_dec_to_input:
+            shift = self.encoder_rows @ (mean * scale)
+            other.b_enc -= shift
+            if isinstance(config.rule, Gated):
+                other.b_mag -= shift * self.r_mag.exp()
+        if uniform:
+            _divide_latents_(other, scale[0])
+        else:
+            other.encoder.copy_(self.encoder_rows * scale)
+            other.W_dec.copy_(self.W_dec / scale)
+        return other
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `cfg.json` and `sae_weights.safetensors`, which sae-lens reads (one site)."""
+        from lib.dictionaries.store import save
+
+        return save(self, Path(folder))
+
+    @staticmethod
+    def load(folder: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
+        """Read a folder that `save` or sae-lens wrote; in eval mode.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: an architecture or an option that `Dictionary` does not have.
+        """
+        from lib.dictionaries.store import load
+
+        return load(Path(folder)).to(device)
+
+    def _flat(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "n d"]:
+        if x.shape[-1] != self.d_in:
+            raise ValueError(f"need activations of width {self.d_in}, got {tuple(x.shape)}")
+        return x.reshape(-1, self.d_in).to(self.W_dec)
+
+
+def _divide_latents_(dictionary: Dictionary, scale: Float[Tensor, ""]) -> None:
+    """Latents in the unit of raw activations: under a uniform scale only offsets change."""
+    rule = dictionary.config.rule
+    dictionary.b_enc /= scale
+    if isinstance(rule, Gated):
+        dictionary.b_mag /= scale
+    if isinstance(rule, JumpReLU):
+        dictionary.log_threshold -= scale.log()
+        unit = scale.item()
+        tuned = replace(rule, threshold=rule.threshold / unit, bandwidth=rule.bandwidth / unit)
+        dictionary.config = replace(dictionary.config, rule=tuned)
+    if isinstance(rule, BatchTopK):
+        dictionary.threshold /= scale

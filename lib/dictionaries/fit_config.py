@@ -1,0 +1,63 @@
+"""How a dictionary is optimised; what it is stands in `DictionaryConfig`."""
+
+import math
+from dataclasses import dataclass
+
+SCHEDULES = ("constant", "linear", "cosine")
+NORMALIZATIONS = ("none", "mean_norm", "per_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Optimisation that all dictionaries of a run share."""
+
+    n_steps: int
+    lr: float = 1e-3
+    """Adam's, between warm-up and decay."""
+    lr_schedule: str = "linear"
+    """How it falls to 0 over the last `lr_decay`: `linear`, `cosine`, or `constant` (it does not).
+    """
+    lr_warmup: float = 0.02
+    """Share of the steps over which it rises from 0."""
+    lr_decay: float = 0.3
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 1.0
+    """Largest norm of a dictionary's gradient."""
+    normalize: str = "mean_norm"
+    """What inputs go through, and what is folded into the weights at the end: `mean_norm` scales
+    each site to mean norm sqrt(d), `per_dim` centres and scales each dimension, `none`."""
+    dead_after: int = 1_000_000
+    """Tokens without firing after which a latent counts as dead."""
+    seed: int = 0
+    """Of initial weights and of resampling; the stream has its own."""
+    log_every: int = 20
+    """Steps between entries of the history."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only when done."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_steps", 1), ("dead_after", 1), ("log_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"need {name} >= {least}, got {getattr(self, name)}")
+        for name in ("lr", "grad_clip"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"need {name} > 0 and finite, got {getattr(self, name)}")
+        for name in ("lr_warmup", "lr_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"need {name} in [0, 1], got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"need betas in [0, 1), got {self.betas}")
+        if self.checkpoint_every < 0:
+            raise ValueError(f"need checkpoint_every >= 0, got {self.checkpoint_every}")
+        if self.lr_schedule not in SCHEDULES:
+            raise ValueError(f"need lr_schedule in {SCHEDULES}, got {self.lr_schedule!r}")
+        if self.normalize not in NORMALIZATIONS:
+            raise ValueError(f"need normalize in {NORMALIZATIONS}, got {self.normalize!r}")
+
+    def lr_factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at `step`, from 0."""
+        rise = min(1.0, (step + 1) / max(1.0, self.lr_warmup * self.n_steps))
+        left = (self.n_steps - step) / max(1.0, self.lr_decay * self.n_steps)
+        if self.lr_schedule == "constant" or left >= 1:
+            return rise
+        return rise * (left if self.lr_schedule == "linear" else math.sin(math.pi * left / 2) ** 2)

@@ -1,0 +1,226 @@
+"""Loss terms. Each is a small frozen object that maps one training pass to a number.
+
+Unit: the main term is the squared error summed over `d_out` and averaged over tokens, as in
+sae-lens, so that with inputs of mean norm sqrt(d) it starts near d. Weights are in that unit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lib.dictionaries.dictionary import Dictionary
+from lib.dictionaries.kernels import SparseActs, sparse_decode
+from lib.dictionaries.sparsity import step
+
+
+@dataclass(eq=False)
+class Pass:
+    """What one training step computed."""
+
+    dictionary: Dictionary
+    x: Float[Tensor, "n d_in"]
+    target: Float[Tensor, "n d_out"]
+    """What is reconstructed: `x`, or a transcoder's output sites."""
+    x_hat: Float[Tensor, "n d_out"]
+    acts: SparseActs | Float[Tensor, "n d_sae"]
+    pre_acts: Float[Tensor, "n d_sae"]
+    """With a graph only if `acts` is dense."""
+    dead: Int[Tensor, "n_dead"]
+    """Latents that have not fired for long."""
+    t: float
+    """Share of the training that is done, 0 to 1."""
+
+    @property
+    def error(self) -> Float[Tensor, "n d_out"]:
+        return self.target - self.x_hat
+
+
+def ramp(t: float, share: float) -> float:
+    """0 at the start, 1 once `share` of the training is done."""
+    return min(1.0, t / share) if share > 0 else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """Squared error, summed over dimensions, averaged over tokens."""
+
+    def __call__(self, p: Pass) -> Float[Tensor, ""]:
+        return p.error.square().sum(1).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixReconstruction:
+    """Mean squared error of nested prefixes of the latents, the whole among them.
+
+    Source: Bussmann et al. 2025, Matryoshka SAEs, arXiv:2503.17547.
+    """
+
+    shares: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """Length of each prefix as a share of d_sae; ascending, the last is 1."""
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in zip((0, *self.shares), self.shares, strict=False))
+        if not ascending or self.shares[-1] != 1:
+            raise ValueError(f"need shares that ascend from above 0 to 1, got {self.shares}")
+
+    def __call__(self, p: Pass) -> Float[Tensor, ""]:
+        bounds = [round(share * p.dictionary.d_sae) for share in self.shares]
+        group = torch.bucketize(p.acts.indices, torch.tensor(bounds).to(p.acts.indices), right=True)
+        left, total = p.target - p.dictionary.b_dec, 0.0
+        for i in range(len(bounds)):
+            part = p.acts.where(group == i)
+            left = left - sparse_decode(part.values, part, p.dictionary.W_dec)
+            total = total + left.square().sum(1).mean()
+        return total / len(bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1:
+    """`weight` times the sum of latents, each times its code norm; ramped up from 0.
+
+    `p_end` below 1 anneals the penalty to Σ z^p, p falling linearly from 1. It is rescaled to the
+    value that L1 has at each step, so it never jumps.
+
+    Source: Bricken et al. 2023; p-annealing Karvonen et al. 2024, arXiv:2408.00113.
+    """
+
+    weight: float
+    ramp: float = 0.05
+    """Share of the training over which the weight rises."""
+    p_end: float = 1.0
+    p_start_t: float = 0.2
+    """Share of the training after which p begins to fall."""
+
+    def __call__(self, p: Pass) -> Float[Tensor, ""]:
+        codes = self.codes(p) * p.dictionary.code_norms()
+        l1 = codes.sum(1).mean()
+        fall = max(0.0, p.t - self.p_start_t) / (1 - self.p_start_t)
+        power = 1 - fall * (1 - self.p_end)
+        if power < 1:
+            lp = torch.where(codes > 0, codes.clamp(min=1e-6) ** power, 0).sum(1).mean()
+            l1 = lp * (l1 / lp.clamp(min=1e-12)).detach()
+        return self.weight * ramp(p.t, self.ramp) * l1
+
+    def codes(self, p: Pass) -> Float[Tensor, "n d_sae"]:
+        return p.acts
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateL1(L1):
+    """L1 (or its annealed form) on a gated dictionary's rectified gates."""
+
+    def codes(self, p: Pass) -> Float[Tensor, "n d_sae"]:
+        return p.pre_acts.relu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReconstruction:
+    """Squared error of what the gates alone reconstruct through a detached decoder.
+
+    Source: Rajamanoharan et al. 2024, arXiv:2404.16014.
+    """
+
+    def __call__(self, p: Pass) -> Float[Tensor, ""]:
+        W_dec, b_dec = p.dictionary.W_dec.detach(), p.dictionary.b_dec.detach()
+        return (p.target - p.pre_acts.relu() @ W_dec - b_dec).square().sum(1).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class L0:
+    """`weight · L0` through the rectangle estimate; with `target`, `weight · (L0/target - 1)²`.
+
+    Source: Rajamanoharan et al. 2024, arXiv:2407.14435.
+    """
+
+    weight: float
+    target: float | None = None
+    """Latents per token to aim at."""
+    ramp: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.target is not None and self.target <= 0:
+            raise ValueError(f"need target > 0, got {self.target}")
+
+    def __call__(self, p: Pass) -> Float[Tensor, ""]:
+        rule = p.dictionary.config.rule
+        threshold = p.dictionary.log_threshold.exp()
+        l0 = step(p.pre_acts, threshold, rule.bandwidth).sum(1).mean()
+        penalty = l0 if self.target is None else (l0 / self.target - 1).square()
+        return self.weight * ramp(p.t, self.ramp) * penalty
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entropy:
+    """`weight` times the entropy (nats) of each token's latents, taken as shares of their sum.
+
+    Blind to scale: it concentrates a code on few latents without shrinking it.
+
+    Source: the `entropy` option of Marks et al. 2024, dictionary_learning.
+    """
+
+    weight: float
+    ramp: float = 0.05
+
+    def __call__(self, p: Pass) -> Float[Tensor, ""]:
+        codes = p.acts * p.dictionary.code_norms()
+        shares = codes / codes.sum(1, keepdim=True).clamp(min=1e-8)
+        entropy = -(shares * shares.clamp(min=1e-8).log()).sum(1).mean()
+        return self.weight * ramp(p.t, self.ramp) * entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxK:
+    """The error, reconstructed by the dead latents whose pre-activations are largest.
+
+    `weight` times the share of the error's variance that they leave unexplained, in units of the
+    target's variance. Its gradient reaches the dead latents' encoder and decoder, nothing else.
+
+    Source: Gao et al. 2024, arXiv:2406.04093.
+    """
+
+    weight: float = 1 / 32
+    k: int | None = None
+    """Dead latents used per token; None: half the width of the input."""
+
+    def __call__(self, p: Pass) -> Float[Tensor, ""]:
+        d = p.dictionary
+        if not len(p.dead):
+            return p.x_hat.new_zeros(())
+        error = p.error.detach()
+        pre = (p.x - d.b_in.detach()) @ d.encoder_rows[p.dead].T + d.b_enc[p.dead]
+        k = min(self.k or d.d_in // 2, len(p.dead))
+        values, places = pre.topk(k, dim=1, sorted=False)
+        codes = torch.zeros_like(pre).scatter(1, places, values.relu())
+        left = (error - codes @ d.W_dec[p.dead]).square().sum()
+        variance = (error - error.mean(0)).square().sum().clamp(min=1e-12)
+        unit = (p.target - p.target.mean(0)).square().sum(1).mean()
+        return self.weight * unit * left / variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class GhostGradients:
+    """Dead latents, through an exponential, reconstruct half the error; as large as the main term.
+
+    Source: Jermyn & Templeton 2024, Ghost Grads (Transformer Circuits, January update).
+    """
+
+    weight: float = 1.0
+
+    def __call__(self, p: Pass) -> Float[Tensor, ""]:
+        d = p.dictionary
+        if not len(p.dead):
+            return p.x_hat.new_zeros(())
+        error = p.error.detach()
+        ghosts = p.pre_acts[:, p.dead].clamp(max=20).exp() @ d.W_dec[p.dead]
+        size = error.norm(dim=1, keepdim=True) / (2 * ghosts.norm(dim=1, keepdim=True) + 1e-6)
+        loss = (error - ghosts * size.detach()).square().sum(1).mean()
+        main = error.square().sum(1).mean()
+        return self.weight * loss * (main / loss.clamp(min=1e-12)).detach()
+
+
+Term = (
+    Reconstruction | PrefixReconstruction | L1 | GateL1 | GateReconstruction | L0 | Entropy
+    | AuxK | GhostGradients
+)  # fmt: skip

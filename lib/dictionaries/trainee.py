@@ -1,0 +1,171 @@
+"""One dictionary in training: its weights, its optimiser, its memory of dead latents."""
+
+import time
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lib.activations.normalize import Normalizer
+from lib.dictionaries.config import DictionaryConfig
+from lib.dictionaries.dictionary import Dictionary
+from lib.dictionaries.fit_config import FitConfig
+from lib.dictionaries.kernels import SparseActs
+from lib.dictionaries.losses import Pass
+from lib.dictionaries.recipes import Recipe
+
+
+class Trainee:
+    """Trains one dictionary on batches that others may share."""
+
+    def __init__(
+        self, config: DictionaryConfig, recipe: Recipe, fit: FitConfig, device: torch.device
+    ) -> None:
+        self.recipe, self.fit = recipe, fit
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fit.seed)
+            self.dictionary = Dictionary(config).to(device).train()
+        self.optimizer = torch.optim.Adam(
+            self.dictionary.parameters(), lr=fit.lr, betas=fit.betas, fused=True
+        )
+        self.generator = torch.Generator().manual_seed(fit.seed)
+        self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
+        self.normalizer = Normalizer.fit("none", torch.zeros(1, config.d_in), config.site_dims)
+        self.seconds = 0.0
+
+    @torch.no_grad()
+    def start(self, batch: Float[Tensor, "n d"]) -> None:
+        """Calibrate on the first batch: the normaliser, and `b_dec` at the mean."""
+        config = self.dictionary.config
+        x, target = self._split(batch)
+        self._set_normalizer(Normalizer.fit(self.fit.normalize, x, config.site_dims))
+        target = self.normalizer(target) if config.out_dims is None else target
+        self.dictionary.b_dec.copy_(target.mean(0))
+
+    def step(self, step: int, batch: Float[Tensor, "n d"]) -> Pass:
+        """One optimiser step.
+
+        Raises:
+            FloatingPointError: the loss is not finite; nothing was changed by this step.
+        """
+        began = time.perf_counter()
+        d, fit = self.dictionary, self.fit
+        out = self._forward(batch, step / fit.n_steps)
+        loss = torch.stack([term(out) for term in self.recipe.terms]).sum()
+        if not loss.isfinite():
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = (self.recipe.lr or fit.lr) * fit.lr_factor(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        d.project_decoder_grad_()
+        torch.nn.utils.clip_grad_norm_(d.parameters(), fit.grad_clip)
+        self.optimizer.step()
+        d.normalize_decoder_()  # after the step, or rows drift off the sphere
+        self.tokens_since_fired += len(out.x)
+        self.tokens_since_fired[fired(out.acts)] = 0
+        resample = self.recipe.resample
+        if resample and step + 1 in [round(share * fit.n_steps) for share in resample.shares]:
+            self._resample(out)
+        self.seconds += time.perf_counter() - began
+        return out
+
+    @torch.no_grad()
+    def metrics(self, out: Pass) -> dict[str, float]:
+        """`fvu`, `l0` and the share of `dead` latents, of one batch."""
+        variance = (out.target - out.target.mean(0)).square().sum()
+        values = out.acts.values if isinstance(out.acts, SparseActs) else out.acts
+        return {
+            "fvu": (out.error.square().sum() / variance).item(),
+            "l0": (values > 0).sum().item() / len(out.x),
+            "dead": len(out.dead) / self.dictionary.d_sae,
+        }
+
+    def finished(self) -> Dictionary:
+        """The dictionary on raw activations, in eval mode."""
+        if self.dictionary.config.out_dims is not None or self.fit.normalize == "none":
+            return self.dictionary.eval()
+        return self.dictionary.folded(self.normalizer.mean, self.normalizer.scale).eval()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+        tensors = {f"weights.{k}": v for k, v in self.dictionary.state_dict().items()}
+        for name, parameter in self.dictionary.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        return tensors | {
+            "tokens_since_fired": self.tokens_since_fired,
+            "generator": self.generator.get_state(),
+            "normalizer.mean": self.normalizer.mean,
+            "normalizer.scale": self.normalizer.scale,
+            "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from `state`."""
+        device = self.tokens_since_fired.device
+        weights = {k: v for k, v in tensors.items() if k.startswith("weights.")}
+        self.dictionary.load_state_dict({k.removeprefix("weights."): v for k, v in weights.items()})
+        for name, parameter in self.dictionary.named_parameters():
+            self.optimizer.state[parameter] = {
+                key: tensors[f"optimizer.{name}.{key}"].to(device).clone()
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        self.tokens_since_fired.copy_(tensors["tokens_since_fired"])
+        self.generator.set_state(tensors["generator"].cpu())
+        self._set_normalizer(Normalizer(tensors["normalizer.mean"], tensors["normalizer.scale"]))
+        self.seconds = tensors["seconds"].item()
+
+    def _set_normalizer(self, normalizer: Normalizer) -> None:
+        device = self.tokens_since_fired.device
+        self.normalizer = Normalizer(normalizer.mean.to(device), normalizer.scale.to(device))
+
+    def _split(self, batch: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
+        """Input and target: one and the same, or a transcoder's two halves."""
+        config = self.dictionary.config
+        if config.out_dims is None:
+            return batch, batch
+        x, target = batch.split([config.d_in, config.d_out], dim=1)
+        return x, target
+
+    def _forward(self, batch: Float[Tensor, "n d"], t: float) -> Pass:
+        d = self.dictionary
+        x, target = self._split(batch)
+        x = self.normalizer(x)
+        target = x if d.config.out_dims is None else target
+        acts, pre = d.training_acts(x)
+        x_hat = d.decode_sparse(acts) if isinstance(acts, SparseActs) else d.decode(acts)
+        dead = (self.tokens_since_fired >= self.fit.dead_after).nonzero().flatten()
+        return Pass(d, x, target, x_hat, acts, pre, dead, t)
+
+    @torch.no_grad()
+    def _resample(self, out: Pass) -> None:
+        """Give dead latents the directions of tokens drawn by their squared loss."""
+        d, dead = self.dictionary, out.dead
+        if not len(dead):
+            return
+        chances = out.error.square().sum(1).square().double().cpu()
+        drawn = chances.multinomial(len(dead), replacement=True, generator=self.generator)
+        rows = (out.target - d.b_dec)[drawn.to(dead.device)]
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        alive = torch.ones(d.d_sae, dtype=torch.bool, device=dead.device)
+        alive[dead] = False
+        size = d.encoder_rows[alive].norm(dim=1).mean() if alive.any() else 1.0
+        d.W_dec[dead] = rows
+        if d.encoder is not None and d.d_in == d.d_out:
+            d.encoder[dead] = rows * size * self.recipe.resample.encoder_scale
+        d.b_enc[dead] = 0
+        for parameter in (d.W_dec, d.encoder, d.b_enc):
+            if parameter is not None:
+                self.optimizer.state[parameter]["exp_avg"][dead] = 0
+                self.optimizer.state[parameter]["exp_avg_sq"][dead] = 0
+        self.tokens_since_fired[dead] = 0
+
+
+def fired(
+    acts: SparseActs | Float[Tensor, "n d_sae"],
+) -> Int[Tensor, "n_fired"] | Bool[Tensor, "d_sae"]:
+    """Which latents were above zero on any token; an index."""
+    if isinstance(acts, SparseActs):
+        return acts.indices[acts.values > 0]
+    return (acts > 0).any(0)
