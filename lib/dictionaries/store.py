@@ -58,8 +58,9 @@ def read_files(folder: Path) -> tuple[dict, dict[str, Tensor]]:
             present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no folder"
             raise FileNotFoundError(f"need {name} in dictionary folder {folder}, got {present}")
     try:
-        return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        saved = dict(json.loads((folder / CONFIG).read_text()))
+        return saved, load_file(folder / WEIGHTS)
+    except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"dictionary folder {folder} is damaged: {error}") from error
 
 
@@ -137,10 +138,7 @@ def from_tensors(saved: dict, weights: dict[str, Tensor], where: object) -> Dict
 
 @torch.no_grad()
 def filled(
-    config: DictionaryConfig,
-    weights: dict[str, Tensor],
-    where: object,
-    threshold: float = 0.0,
+    config: DictionaryConfig, weights: dict[str, Tensor], where: object, threshold: float = 0.0
 ) -> Dictionary:
     """A dictionary with these tensors (sae-lens's names); `threshold` is BatchTopK's.
 

@@ -1,0 +1,203 @@
+"""Dictionaries from and to other libraries; those libraries are imported only where they are used.
+
+Nothing here executes what it reads: tensors come from safetensors, from NumPy archives of plain
+arrays, and from `torch.load` restricted to tensors.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lib.dictionaries.config import DictionaryConfig
+from lib.dictionaries.dictionary import Dictionary
+from lib.dictionaries.hub import Card, from_hub, push_to_hub
+from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from lib.dictionaries.store import (
+    filled,
+    from_tensors,
+    has_unit_rows,
+    sae_lens_config,
+    tensors_of,
+)
+
+__all__ = [
+    "Card",
+    "from_dictionary_learning",
+    "from_hub",
+    "from_pretrained",
+    "from_sae_lens",
+    "push_to_hub",
+    "to_sae_lens",
+]
+
+# dictionary-learning's classes: rule, and whether b_dec is subtracted before encoding
+_CLASSES = {
+    "AutoEncoder": (ReLU, True),
+    "AutoEncoderNew": (ReLU, False),
+    "AutoEncoderTopK": (TopK, True),
+    "BatchTopKSAE": (BatchTopK, True),
+    "MatryoshkaBatchTopKSAE": (BatchTopK, True),
+    "GatedAutoEncoder": (Gated, True),
+    "JumpReluAutoEncoder": (JumpReLU, False),
+}
+# and its names of tensors; the weight matrices of its linear layers are transposed
+_TENSORS = {
+    "encoder.weight": "W_enc", "decoder.weight": "W_dec", "encoder.bias": "b_enc",
+    "bias": "b_dec", "decoder.bias": "b_dec", "decoder_bias": "b_dec",
+    "gate_bias": "b_gate", "mag_bias": "b_mag",
+}  # fmt: skip
+
+
+def from_sae_lens(sae: nn.Module) -> Dictionary:
+    """A sae-lens SAE or transcoder, of inference or training, as sae-lens would export it.
+
+    BatchTopK becomes JumpReLU, and a rescaling by decoder norms is folded into the weights. A SAE
+    of `hook_z` takes `[… n_heads d_head]` there and `[… n_heads*d_head]` here.
+
+    Raises:
+        ValueError: an architecture or an option that `Dictionary` does not have.
+    """
+    from sae_lens import TrainingSAE
+
+    weights = sae.state_dict()
+    if isinstance(sae, TrainingSAE):
+        sae.process_state_dict_for_saving_inference(weights)
+        saved = sae.cfg.get_inference_sae_cfg_dict()
+    else:
+        sae.process_state_dict_for_saving(weights)
+        saved = sae.cfg.to_dict()
+    return from_tensors(saved, dict(weights), type(sae).__name__).to(sae.W_dec.device)
+
+
+def to_sae_lens(dictionary: Dictionary) -> nn.Module:
+    """The sae-lens SAE or transcoder of what `Dictionary.save` writes; several sites become one.
+
+    Raises:
+        ValueError: a TopK or Gated transcoder between widths, which sae-lens does not have.
+    """
+    from sae_lens import SAE
+
+    d = dictionary
+    if d.d_in != d.d_out and isinstance(d.config.rule, Gated | TopK):
+        rule = type(d.config.rule).__name__
+        raise ValueError(f"sae-lens has no {rule} transcoder, got one from {d.d_in} to {d.d_out}")
+    sae = SAE.from_dict(sae_lens_config(d))
+    sae.load_state_dict({name: value.float() for name, value in tensors_of(d).items()})
+    return sae.to(d.W_dec.device)
+
+
+def from_pretrained(release: str | Path, sae_id: str = "") -> Dictionary:
+    """A published dictionary, such as Gemma Scope's.
+
+    Args:
+        release: A local folder, else a release or a hub repository that sae-lens can load.
+        sae_id: Folder or id inside it. A local folder holds `params.npz` (Gemma Scope), taken as
+            it stands, or what `Dictionary.load` reads.
+
+    Raises:
+        FileNotFoundError: a local folder holds neither.
+        ValueError: unknown release or id, damaged file, or something that `Dictionary` cannot be.
+    """
+    folder = Path(release) / sae_id
+    if (folder / "params.npz").is_file():
+        return _from_gemma_scope(folder / "params.npz")
+    if folder.is_dir():
+        return Dictionary.load(folder)
+    from sae_lens import SAE
+
+    return from_sae_lens(SAE.from_pretrained(str(release), sae_id))
+
+
+def _from_gemma_scope(file: Path) -> Dictionary:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            weights = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (AttributeError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is no archive of plain arrays: {error}") from error
+    return from_tensors({"architecture": "jumprelu", "apply_b_dec_to_input": False}, weights, file)
+
+
+def from_dictionary_learning(folder: str | Path) -> Dictionary:
+    """What dictionary-learning's trainers save: `ae.pt` and `config.json`.
+
+    Weights are taken as they stand, where the package's own loader divides the decoder rows of an
+    `AutoEncoder` by their norms. A threshold that was never estimated (-1) becomes 0.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: `ae.pt` holds more than tensors (none of it is executed), a file is damaged, or
+            another class.
+    """
+    folder = Path(folder)
+    trainer = _trainer_config(folder)
+    rule_class, applied = _CLASSES[trainer["dict_class"]]
+    state = _plain_tensors(folder / "ae.pt")
+    k = int(state.pop("k", trainer.get("k", 0)))
+    weights = _renamed(state)
+    if not all(name in weights and weights[name].ndim == 2 for name in ("W_enc", "W_dec")):
+        raise ValueError(f"{folder / 'ae.pt'}: need two weight matrices, got {sorted(state)}")
+    if rule_class is TopK:
+        weights.pop("threshold", None)  # its encoder ignores it unless told otherwise
+    threshold = 0.0
+    if rule_class is BatchTopK:
+        if "threshold" not in weights or weights["threshold"].ndim:
+            raise ValueError(f"{folder / 'ae.pt'}: need a scalar threshold, got {sorted(state)}")
+        threshold = max(weights["threshold"].item(), 0.0)
+        weights["threshold"] = torch.full(weights["W_enc"].shape[1:], threshold)
+    config = DictionaryConfig(
+        site_dims=(weights["W_enc"].shape[0],),
+        d_sae=weights["W_enc"].shape[1],
+        rule=rule_class(k=k) if rule_class in (TopK, BatchTopK) else rule_class(),
+        hook_names=_hook_names(trainer),
+        model_name=trainer.get("lm_name") or "",
+        unit_norm_decoder=has_unit_rows(weights["W_dec"]),
+        apply_b_dec_to_input=applied,
+        code_norm="none" if rule_class is BatchTopK else "decoder",
+    )
+    return filled(config, weights, folder / "ae.pt", threshold)
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under sae-lens's names; matryoshka's group sizes are of use in training only."""
+    return {
+        _TENSORS.get(name, name): value.float().T if name.endswith(".weight") else value.float()
+        for name, value in state.items()
+        if name != "group_sizes"
+    }
+
+
+def _trainer_config(folder: Path) -> dict:
+    for name in ("config.json", "ae.pt"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"need {name} in dictionary-learning folder {folder}")
+    file = folder / "config.json"
+    try:
+        trainer = json.loads(file.read_text())["trainer"]
+        dict_class = trainer["dict_class"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: need trainer.dict_class, got {error!r}") from error
+    if dict_class not in _CLASSES:
+        raise ValueError(f"{file}: need dict_class in {sorted(_CLASSES)}, got {dict_class!r}")
+    return trainer
+
+
+def _plain_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # a pickle of anything else, or a damaged one, raises almost anything
+        raise ValueError(f"{file} does not hold plain tensors; nothing in it was run") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{file}: need a dict of tensors, got {type(state).__name__}")
+    return dict(state)
+
+
+def _hook_names(trainer: dict) -> tuple[str, ...]:
+    """Its trainers name the residual stream after a layer `resid_post_layer_N`, others freely."""
+    known = str(trainer.get("submodule_name") or "").startswith("resid_post")
+    return (f"blocks.{trainer['layer']}.hook_resid_post",) if known and "layer" in trainer else ()
