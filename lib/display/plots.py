@@ -1,11 +1,20 @@
 """Plotly figures of numbers that are already computed."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
 COLOURS = {"floor": "#9aa0a6", "model": "#1f77b4"}
 """A quantity keeps its colour in every notebook."""
+
+RECIPE_COLOURS = {
+    "standard": "#7f7f7f", "standard_resample": "#a5a5a5", "ghost": "#c7c7c7",
+    "p_anneal": "#bcbd22", "entropy": "#17becf", "gated": "#e377c2", "gated_anneal": "#9467bd",
+    "jumprelu": "#d62728", "jumprelu_target": "#ff9896", "topk": "#1f77b4", "batchtopk": "#2ca02c",
+    "matryoshka": "#ff7f0e",
+}  # fmt: skip
+"""A recipe keeps its colour in every notebook."""
 
 _LAYOUT = {"template": "plotly_white", "margin": {"l": 60, "r": 20, "t": 50, "b": 60}}
 
@@ -56,4 +65,93 @@ def losses_by_split(losses: Mapping[str, Mapping[str, float]]) -> go.Figure:
     figure = go.Figure(bars)
     figure.update_layout(title="Loss against the floor", height=380, barmode="group", **_LAYOUT)
     figure.update_yaxes(title="nats per token (lower is better)")
+    return figure
+
+
+def frontier(points: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Loss recovered against l0, one mark per dictionary; up and to the left is better.
+
+    Args:
+        points: for each `name`, `recipe` (its colour; marks of one recipe are joined), `l0`,
+            `loss_recovered`.
+    """
+    figure = go.Figure()
+    for recipe in dict.fromkeys(point["recipe"] for point in points):
+        own = sorted((p for p in points if p["recipe"] == recipe), key=lambda p: p["l0"])
+        figure.add_scatter(
+            x=[p["l0"] for p in own],
+            y=[p["loss_recovered"] for p in own],
+            text=[p["name"] for p in own],
+            name=recipe,
+            mode="markers+lines" if len(own) > 1 else "markers",
+            marker={"size": 11, "color": RECIPE_COLOURS.get(recipe)},
+            hovertemplate="%{text}<br>l0 %{x:.1f}<br>loss recovered %{y:.4f}<extra></extra>",
+        )
+    title = "What a code of so many latents recovers of the model's loss"
+    figure.update_layout(title=title, height=460, **_LAYOUT)
+    figure.update_xaxes(title="l0: latents per token (log; fewer is better)", type="log")
+    figure.update_yaxes(title="loss recovered (higher is better)")
+    return figure
+
+
+def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Figure:
+    """Fraction of variance unexplained of each dictionary while it trains, on both log axes."""
+    figure = go.Figure()
+    for name, history in histories.items():
+        figure.add_scatter(
+            x=[entry["tokens"] for entry in history],
+            y=[entry["fvu"] for entry in history],
+            name=name,
+            line={"color": RECIPE_COLOURS.get(name.split(" ")[0])},
+        )
+    figure.update_layout(title="Training, all on one stream", height=420, **_LAYOUT)
+    figure.update_xaxes(title="tokens (log)", type="log")
+    figure.update_yaxes(title="fraction of variance unexplained (log; lower is better)", type="log")
+    return figure
+
+
+def concept_scores(
+    scores: Mapping[str, Mapping[str, float]], ceiling: float, title: str
+) -> go.Figure:
+    """Mean F1 over concepts with the best latent and with five, under a linear probe's."""
+    names = sorted(scores, key=lambda name: scores[name]["best"])
+    shades = {"best": ("best single latent", "#1f77b4"), "five": ("five latents", "#aec7e8")}
+    figure = go.Figure(
+        go.Bar(
+            y=names,
+            x=[scores[name][kind] for name in names],
+            name=label,
+            orientation="h",
+            marker_color=colour,
+            text=[f"{scores[name][kind]:.2f}" for name in names],
+        )
+        for kind, (label, colour) in reversed(shades.items())
+    )
+    figure.add_vline(x=ceiling, line_dash="dot", annotation_text="linear probe on everything")
+    height = 140 + 34 * len(names)
+    figure.update_layout(title=title, height=height, barmode="group", **_LAYOUT)
+    figure.update_xaxes(title="mean F1 over concepts (higher is better)", range=[0, 1])
+    figure.update_legends(traceorder="reversed")
+    return figure
+
+
+def concept_heatmap(scores: Mapping[str, Mapping[str, float]], title: str) -> go.Figure:
+    """F1 of every concept (columns) under every method (rows), 0 to 1."""
+    methods = list(scores)
+    concepts = list(scores[methods[0]])
+    values = [[scores[method][concept] for concept in concepts] for method in methods]
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=concepts,
+            y=methods,
+            zmin=0,
+            zmax=1,
+            colorscale="Blues",
+            colorbar={"title": "F1"},
+        )
+    )
+    figure.update_layout(title=title, height=160 + 24 * len(methods), **_LAYOUT)
+    figure.update_xaxes(tickangle=-60, dtick=1)
+    figure.update_yaxes(autorange="reversed", dtick=1)
     return figure

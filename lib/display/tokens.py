@@ -34,6 +34,30 @@ def concept_text(
     return f"<div style='font-family:monospace;line-height:1.9'><p>{legend}</p>{rows}</div>"
 
 
+def latent_text(
+    chats: Sequence[Sequence[tuple[str, float]]], title: str = "", max_chars: int = 200
+) -> str:
+    """Texts with each token shaded by the latent's activation there; hovering shows the number.
+
+    Args:
+        chats: for every text its tokens with their activations, 0 where the latent is silent.
+    """
+    top = max((value for chat in chats for _, value in chat), default=0.0) or 1.0
+    rows = []
+    for chat in chats:
+        spans = [
+            _span(
+                token if len(token) <= max_chars else f"{token[:max_chars]}…",
+                f"rgba(255,127,14,{max(value, 0) / top:.2f})",
+                f"{value:.3g}",
+            )
+            for token, value in chat
+        ]
+        rows.append(f"<div style='margin:.2em 0'>{' '.join(spans)}</div>")
+    heading = f"<p><b>{escape(title)}</b></p>" if title else ""
+    return f"<div style='font-family:monospace;line-height:1.7'>{heading}{''.join(rows)}</div>"
+
+
 def _token(token: str, concepts: set[str], colours: Mapping[str, str], max_chars: int) -> str:
     text = token if len(token) <= max_chars else f"{token[:max_chars]}…"
     colour = next((colours[concept] for concept in colours if concept in concepts), "transparent")
