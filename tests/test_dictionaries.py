@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from lib.dictionaries import Dictionary, DictionaryConfig, SparseActs, losses, recipes
+from lib.dictionaries import (
+    Dictionary,
+    DictionaryConfig,
+    SparseActs,
+    load_dictionaries,
+    losses,
+    recipes,
+)
 from lib.dictionaries.kernels import active_pre_acts, sparse_decode
 from lib.dictionaries.losses import Pass
 from lib.dictionaries.sparsity import (
@@ -313,3 +320,36 @@ def test_impossible_rules_terms_and_widths_are_refused():
             make()
     with pytest.raises(ValueError, match="width 12, got"):
         perturbed(ReLU()).encode(torch.randn(3, 11))
+
+
+def test_grid_sweeps_each_recipes_own_knob():
+    shape = {"site_dims": (12,), "hook_names": ("x",)}
+    names = ["topk", "gated", "jumprelu"]
+    plans = recipes.grid(names, d_sae=[40, 80], k=[4, 8], l1=[0.5], **shape)
+    assert list(plans) == [
+        "topk d40 k4", "topk d40 k8", "topk d80 k4", "topk d80 k8",
+        "gated d40", "gated d80", "jumprelu d40", "jumprelu d80",
+    ]  # fmt: skip
+    config, recipe = plans["topk d80 k8"]
+    assert (config.d_sae, config.rule.k, recipe.rule) == (80, 8, config.rule)
+    assert plans["gated d40"][1] == recipes.gated(l1=0.5)
+    assert plans["jumprelu d40"][1] == recipes.jumprelu()
+    assert list(recipes.grid(["topk"], d_sae=[40], k=[4], **shape)) == ["topk"]
+    assert len(recipes.grid(list(recipes.NAMED), d_sae=[40], k=[4], **shape)) == 12
+    with pytest.raises(ValueError, match="no recipe 'top-k'; near ones: topk"):
+        recipes.grid(["top-k"], d_sae=[40], **shape)
+    with pytest.raises(ValueError, match="k <= d_sae 40, got k 41"):
+        recipes.grid(["topk"], d_sae=[40], k=[41], **shape)
+    with pytest.raises(ValueError, match="at least one d_sae"):
+        recipes.grid(["topk"], d_sae=[], **shape)
+
+
+def test_load_dictionaries_by_name(tmp_path):
+    for name in ("a", "b"):
+        perturbed(TopK(k=3), seed=ord(name)).save(tmp_path / name)
+    found = load_dictionaries(tmp_path)
+    assert list(found) == ["a", "b"]
+    torch.testing.assert_close(found["b"].W_dec, perturbed(TopK(k=3), seed=ord("b")).W_dec)
+    assert list(load_dictionaries(tmp_path / "a")) == ["a"]
+    with pytest.raises(FileNotFoundError, match="need a dictionary"):
+        load_dictionaries(tmp_path / "c")

@@ -98,13 +98,14 @@ class Buffer(Iterator[Tensor]):
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the coming batches depend on besides the source: tensors, for safetensors."""
-        d_in = sum(self.source.site_dims)
-        nothing = torch.empty(0, d_in) if self._pool is None else self._pool[:0]
-        slots = self._order.to(nothing.device)
+        pool = torch.empty(0) if self._pool is None else self._pool[:0].clone()
+        rest = pool.clone() if self._rest is None else self._rest.clone()
+        if len(self._order):
+            pool = self._pool[self._order.to(self._pool.device)]  # in serving order
         numbers = [self.batch_size, self.n_tokens, self.epoch, self.n_served, self._next_block]
         return {
-            "pool": nothing if self._pool is None else self._pool[slots],  # in serving order
-            "rest": nothing.clone() if self._rest is None else self._rest.clone(),
+            "pool": pool,
+            "rest": rest,
             "blocks": self._blocks.clone(),
             "random": self._random.get_state(),
             "numbers": torch.tensor(numbers),
@@ -131,10 +132,12 @@ class Buffer(Iterator[Tensor]):
         self.epoch, self.n_served, self._next_block = epoch, n_served, next_block
         self._blocks = state["blocks"].cpu().clone()
         self._random.set_state(state["random"].cpu())
-        self._order = torch.arange(len(state["pool"]))
-        self._rest = state["rest"].clone()
-        self._pool = state["pool"].new_empty(n_tokens, state["pool"].shape[1])
-        self._pool[: len(state["pool"])] = state["pool"]
+        pool, self._rest = state["pool"], state["rest"].clone()
+        self._order = torch.arange(len(pool))
+        self._pool = None
+        if len(pool) or len(self._rest):
+            self._pool = pool.new_empty(n_tokens, *pool.shape[1:])
+            self._pool[: len(pool)] = pool
 
 
 def _bytes(text: str) -> Tensor:

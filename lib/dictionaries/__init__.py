@@ -6,6 +6,7 @@ from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.fit_config import FitConfig
 from lib.dictionaries.kernels import SparseActs
 from lib.dictionaries.recipes import Recipe
+from lib.dictionaries.store import load_dictionaries
 from lib.dictionaries.train import Fitted, fit
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "Recipe",
     "SparseActs",
     "fit",
+    "load_dictionaries",
     "recipes",
 ]

@@ -67,13 +67,20 @@ class PrefixReconstruction:
 
     def __call__(self, p: Pass) -> Float[Tensor, ""]:
         bounds = [round(share * p.dictionary.d_sae) for share in self.shares]
-        group = torch.bucketize(p.acts.indices, torch.tensor(bounds).to(p.acts.indices), right=True)
         left, total = p.target - p.dictionary.b_dec, 0.0
-        for i in range(len(bounds)):
-            part = p.acts.where(group == i)
-            left = left - sparse_decode(part.values, part, p.dictionary.W_dec)
+        for start, stop in zip((0, *bounds), bounds, strict=False):
+            left = left - self._part(p, start, stop)
             total = total + left.square().sum(1).mean()
         return total / len(bounds)
+
+    @staticmethod
+    def _part(p: Pass, start: int, stop: int) -> Float[Tensor, "n d_out"]:
+        """What the latents from `start` up to `stop` decode to."""
+        W_dec = p.dictionary.W_dec
+        if not isinstance(p.acts, SparseActs):
+            return p.acts[:, start:stop] @ W_dec[start:stop]
+        part = p.acts.where((p.acts.indices >= start) & (p.acts.indices < stop))
+        return sparse_decode(part.values, part, W_dec)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,22 @@ def load(folder: Path) -> Dictionary:
     return from_tensors(saved, weights, folder)
 
 
+def load_dictionaries(folder: Path) -> dict[str, Dictionary]:
+    """The dictionary in `folder`, or those in its folders, by name.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = (
+        [folder]
+        if (folder / CONFIG).is_file()
+        else sorted(p.parent for p in folder.glob(f"*/{CONFIG}"))
+    )
+    if not found:
+        raise FileNotFoundError(f"need a dictionary ({CONFIG}) in {folder} or in a folder of it")
+    return {path.name: load(path) for path in found}
+
+
 def read_files(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """The two files of a folder.
 

@@ -94,7 +94,7 @@ def frontier(points: Sequence[Mapping[str, Any]]) -> go.Figure:
     return figure
 
 
-def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Figure:
+def training_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> go.Figure:
     """Fraction of variance unexplained of each dictionary while it trains, on both log axes."""
     figure = go.Figure()
     for name, history in histories.items():
@@ -116,7 +116,7 @@ def concept_scores(
     """Mean F1 over concepts with the best latent and with five, under a linear probe's."""
     names = sorted(scores, key=lambda name: scores[name]["best"])
     shades = {"best": ("best single latent", "#1f77b4"), "five": ("five latents", "#aec7e8")}
-    figure = go.Figure(
+    bars = [
         go.Bar(
             y=names,
             x=[scores[name][kind] for name in names],
@@ -126,7 +126,8 @@ def concept_scores(
             text=[f"{scores[name][kind]:.2f}" for name in names],
         )
         for kind, (label, colour) in reversed(shades.items())
-    )
+    ]
+    figure = go.Figure(bars)
     figure.add_vline(x=ceiling, line_dash="dot", annotation_text="linear probe on everything")
     height = 140 + 34 * len(names)
     figure.update_layout(title=title, height=height, barmode="group", **_LAYOUT)

@@ -1,0 +1,255 @@
+"""Token rows to harvest activations from: the built-in world, running text, or chats."""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lib.data.chats import load_chats
+from lib.data.schemas import SCHEMAS
+from lib.data.sources import open_source
+from lib.data.world import World
+
+_BATCH = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Rows of tokens, padded on the right."""
+
+    ids: Int[Tensor, "n_rows seq"]
+    """int32."""
+    mask: Bool[Tensor, "n_rows seq"]
+    """A real token, not padding."""
+    special: Bool[Tensor, "n_rows seq"]
+    """Real, but a special token of the tokenizer: `<bos>`, a chat mark, …"""
+    concepts: Int[Tensor, "n_rows seq"] | None
+    """The world's labels, bit masks over `lib.data.world.CONCEPTS` (int64); else None."""
+    name: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the contents; the name does not count."""
+        digest = hashlib.sha256(str(tuple(self.ids.shape)).encode())
+        for x in (self.ids, self.mask, self.special, self.concepts):
+            digest.update(b"absent" if x is None else x.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """Real tokens, special ones included."""
+        return int(self.mask.sum())
+
+    def rows(self, start: int, stop: int) -> "Corpus":
+        """The rows of `range(start, stop)` that there are, as views."""
+        concepts = None if self.concepts is None else self.concepts[start:stop]
+        parts = (self.ids[start:stop], self.mask[start:stop], self.special[start:stop])
+        return dataclasses.replace(
+            self, ids=parts[0], mask=parts[1], special=parts[2], concepts=concepts
+        )
+
+    def take(self, rows: Int[Tensor, " n"]) -> "Corpus":
+        """These rows, in this order, as copies."""
+        concepts = None if self.concepts is None else self.concepts[rows]
+        parts = (self.ids[rows], self.mask[rows], self.special[rows])
+        return Corpus(*parts, concepts, self.name)
+
+
+def load_split(
+    dataset: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n_tokens: int,
+    n_eval: int,
+    seq_len: int,
+    seed: int = 0,
+) -> tuple[Corpus, Corpus]:
+    """Rows to train on and others to score on, as `load_corpus`: no row is in both.
+
+    The world has prompts of its own to score on (split `test`). Of other data `n_eval` tokens in
+    rows drawn by `seed` are held out, or a tenth if there are fewer than `10 * n_eval`. Rows to
+    train on are sorted by length, 4096 at a time, so that blocks of them hold little padding.
+    """
+    options = {"seq_len": seq_len, "seed": seed}
+    if dataset == "world":
+        train = load_corpus(dataset, tokenizer, n_tokens=n_tokens, **options)
+        held = load_corpus(dataset, tokenizer, n_tokens=n_eval, split="test", **options)
+    else:
+        corpus = load_corpus(dataset, tokenizer, n_tokens=n_tokens + n_eval, **options)
+        if len(corpus.ids) < 2:
+            raise ValueError(f"{dataset}: need at least two rows of tokens, got {len(corpus.ids)}")
+        order = torch.randperm(len(corpus.ids), generator=torch.Generator().manual_seed(seed))
+        wanted = min(n_eval, corpus.n_tokens // 10)
+        seen = corpus.mask[order].sum(1).cumsum(0)
+        n_held = min(int((seen < wanted).sum()) + 1, len(order) - 1)
+        held, train = corpus.take(order[:n_held]), corpus.take(order[n_held:])
+    lengths = train.mask.sum(1)
+    windows = torch.arange(len(lengths)).split(4096)
+    return train.take(torch.cat([w[lengths[w].argsort(stable=True)] for w in windows])), held
+
+
+def load_corpus(
+    dataset: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n_tokens: int,
+    seq_len: int,
+    split: str = "train",
+    seed: int = 0,
+    skip_bad: bool = False,
+) -> Corpus:
+    """Rows of at most `seq_len` tokens until there are `n_tokens` real ones, or no more data.
+
+    | dataset | rows |
+    |---|---|
+    | `world` | one exchange of `lib.data.world` each, with its concepts |
+    | with a column `text` | texts end to end, an eos after each, cut into full rows; bos first |
+    | of chats | one chat each, through the chat template, cut at `seq_len`; of a preference pair \
+the chosen side |
+
+    A tokenizer without bos or eos leaves them out. Rows are as wide as the longest. What comes out
+    has up to a row more than `n_tokens`, or less where the data end before: see `Corpus.n_tokens`.
+
+    Args:
+        dataset: `world`, or what `lib.data.sources.open_source` takes; read as a stream.
+        seed: of the world's stream; other data come in their own order.
+        skip_bad: leave out rows that are no chat, and log how many.
+
+    Raises:
+        FileNotFoundError: a path where nothing is.
+        ValueError: impossible numbers, an unknown split, a dataset with neither text nor chats
+            (its columns are listed), without a single token, or that the tokenizer cannot take.
+    """
+    if n_tokens < 1:
+        raise ValueError(f"need n_tokens >= 1, got {n_tokens}")
+    if seq_len < 2:
+        raise ValueError(f"need seq_len >= 2, got {seq_len}")
+    if dataset == "world":
+        return _world(tokenizer, n_tokens, seq_len, split, seed)
+    source = open_source(dataset, split, True)
+    where, first = next(source(), (str(dataset), None))
+    if first is None:
+        raise ValueError(f"{dataset} has no rows")
+    if "text" in first:
+        rows = _packed(source(), tokenizer, seq_len)
+    elif any(set(needed) <= set(first) for needed in SCHEMAS.values()):
+        chats = load_chats(dataset, split=split, streaming=True, skip_bad=skip_bad)
+        rows = _templated(chats, tokenizer, seq_len)
+    else:
+        raise ValueError(
+            f"{where}: need a column text, or the columns of a chat schema "
+            f"({'; '.join(', '.join(s) for s in SCHEMAS.values())}); got {sorted(first)}"
+        )
+    kept = [np.asarray(row, np.int32) for row in _until(rows, n_tokens)]  # 4 bytes a token, not 36
+    return _corpus(kept, None, tokenizer, str(dataset))
+
+
+def _until(rows: Iterable[Sequence[int]], n_tokens: int) -> Iterator[Sequence[int]]:
+    """Rows until they hold `n_tokens`; the last one is whole."""
+    n = 0
+    for row in rows:
+        yield row
+        n += len(row)
+        if n >= n_tokens:
+            return
+
+
+def _world(
+    tokenizer: PreTrainedTokenizerBase, n_tokens: int, seq_len: int, split: str, seed: int
+) -> Corpus:
+    vocabulary, kept, n = tokenizer.get_vocab(), [], 0
+    for exchange in World().stream(split, seed=seed):
+        kept.append(exchange)
+        n += min(len(exchange.tokens), seq_len)
+        if n >= n_tokens:
+            break
+    try:
+        rows = [[vocabulary[token] for token in x.tokens[:seq_len]] for x in kept]
+    except KeyError as error:
+        raise ValueError(
+            f"dataset 'world' needs the world's tokenizer; got one without the token {error}"
+        ) from None
+    return _corpus(rows, [x.concepts[:seq_len] for x in kept], tokenizer, "world")
+
+
+def _packed(
+    rows: Iterator[tuple[str, dict]], tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> Iterator[list[int]]:
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    width, waiting = seq_len - len(start), []
+    while batch := [_text(*pair) for pair in itertools.islice(rows, _BATCH)]:
+        for ids in _tokenize(batch, tokenizer):
+            waiting += [*ids, *end] if ids else []
+        n_whole = len(waiting) // width * width
+        for i in range(0, n_whole, width):
+            yield start + waiting[i : i + width]
+        waiting = waiting[n_whole:]
+    if waiting:
+        yield start + waiting
+
+
+def _text(where: str, row: dict) -> str:
+    if not isinstance(row["text"], str):
+        raise ValueError(f"{where}: need text in column text, got {type(row['text']).__name__}")
+    return row["text"]
+
+
+def _templated(
+    chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> Iterator[list[int]]:
+    if not tokenizer.chat_template:
+        raise ValueError("chats need a chat template; set tokenizer.chat_template")
+    chats = iter(chats)
+    while batch := list(itertools.islice(chats, _BATCH)):
+        turns = [x["messages"] if "messages" in x else x["prompt"] + x["chosen"] for x in batch]
+        try:
+            texts = tokenizer.apply_chat_template(turns, tokenize=False)
+        except TemplateError as error:
+            names = f"{batch[0]['id']} to {batch[-1]['id']}"
+            raise ValueError(
+                f"the chat template refuses one of the chats {names}: {error}"
+            ) from error
+        yield from (ids[:seq_len] for ids in _tokenize(texts, tokenizer) if ids)
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Without special tokens: the caller or the template has written them."""
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return encoded["input_ids"]
+
+
+def _corpus(
+    rows: list[Sequence[int]] | list[np.ndarray],
+    concepts: list[Sequence[int]] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+) -> Corpus:
+    if not rows:
+        raise ValueError(f"{name} has no token; need texts that are not empty")
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.full(mask.shape, tokenizer.pad_token_id or 0, dtype=torch.int32)
+    ids[mask] = _flat(rows, np.int32)
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+    labels = None
+    if concepts is not None:
+        labels = torch.zeros(mask.shape, dtype=torch.int64)
+        labels[mask] = _flat(concepts, np.int64)
+    marks = torch.tensor(sorted(special), dtype=torch.int32)
+    return Corpus(ids, mask, torch.isin(ids, marks) & mask, labels, name)
+
+
+def _flat(rows: list[Sequence[int]] | list[np.ndarray], dtype: type) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(row, dtype) for row in rows]))
