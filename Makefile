@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 # Waiting threads sleep: on a busy machine, spinning makes small tensor operations seven times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lab bench lint models figures clean
+.PHONY: demo test lab bench lint models saes figures clean
 
 demo: .venv/installed-$(EXTRAS)
 	@for notebook in $(NOTEBOOKS); do \
@@ -31,6 +31,8 @@ lab: .venv/installed-$(EXTRAS)
 
 bench: .venv/installed-$(EXTRAS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_data
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_truth
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_recovery
 
 lint: .venv/installed-$(EXTRAS)
 	$(BIN)/ruff check .
@@ -39,6 +41,11 @@ lint: .venv/installed-$(EXTRAS)
 
 models: .venv/installed-$(EXTRAS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m lib.models.tiny
+
+saes: .venv/installed-$(EXTRAS)
+	@mkdir -p papermill_runs/06_dictionaries/shipped
+	HF_HUB_OFFLINE=1 $(BIN)/papermill --no-progress-bar notebooks/06_dictionaries.ipynb \
+	  papermill_runs/06_dictionaries/shipped/06_dictionaries.ipynb -f papermill_runs/examples/06_shipped.yaml
 
 figures: .venv/installed-$(EXTRAS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.readme_figures

@@ -48,8 +48,10 @@ def rewriter(world) -> Rewriter:
 def forkserver():
     """Starts processes in milliseconds, to be killed: the server has imported torch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fit_worker"])
+    context.set_forkserver_preload(["tests.fit_worker", "tests.test_cache"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # the server does not look in pytest's path
-        context.Process(target=int).start()
+        started = context.Process(target=int)
+        started.start()
+        started.join()
     return context

@@ -1,7 +1,6 @@
 """Activations on disk: read back, refused when damaged, and written whole despite kills."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -212,18 +211,13 @@ def write_slowly(folder, begun):
     write(folder, Numbered(MANY, pause=PAUSE), shard_tokens=60)
 
 
-def test_kill_at_random_moments_leaves_nothing_half(tmp_path):
+def test_kill_at_random_moments_leaves_nothing_half(tmp_path, forkserver):
     """Twenty writers go on from each other and are killed; one more finishes the cache."""
     write(tmp_path / "whole", Numbered(MANY), shard_tokens=60)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_cache"])
-    warm_up = context.Process(target=time.sleep, args=(0,))  # starts the server, which imports
-    warm_up.start()
-    warm_up.join()
     part, rng, n_whole = tmp_path / "part", random.Random(1), []
     for _ in range(20):
-        begun = context.Event()
-        writer = context.Process(target=write_slowly, args=(part, begun))
+        begun = forkserver.Event()
+        writer = forkserver.Process(target=write_slowly, args=(part, begun))
         writer.start()
         assert begun.wait(60)
         writer.join(rng.uniform(0, 0.12))

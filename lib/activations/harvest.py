@@ -151,7 +151,7 @@ class Harvester:
 def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the config, and over every weight's rows and columns, summed as integers.
 
-    Integer sums are exact, so neither device nor threads matter, and reading the weights once is
+    Integer sums are exact, so neither device nor threads matter, and reading the weights is
     all it costs; whatever changes a single weight changes it.
     """
     config = hugging_face(model).config.to_diff_dict()
