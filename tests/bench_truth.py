@@ -76,6 +76,6 @@ if __name__ == "__main__":
     parser.add_argument("--k", nargs="+", type=int, default=[16])
     parser.add_argument("--n_steps", type=int, default=1500)
     parser.add_argument("--n_corpus", type=int, default=800_000)
-    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seeds", type=int, default=3)
     main(parser.parse_args())
