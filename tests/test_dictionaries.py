@@ -206,6 +206,23 @@ def test_folding_the_normaliser_changes_nothing(rule, applied, kind):
         torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(40))
 
 
+@pytest.mark.parametrize("norm", ["decoder", "crosscoder", "none"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_folding_keeps_the_ranks_of_code_norms(norm, tied):
+    """Two sites with scales of their own, rows of any norm: what fires stays what fires."""
+    d = perturbed(
+        BatchTopK(k=5), site_dims=(5, 7), unit_norm_decoder=False, code_norm=norm, tied=tied
+    )
+    with torch.no_grad():
+        d.W_dec *= torch.linspace(0.5, 2, 40)[:, None]
+    x, mean = 3 * torch.randn(50, 12) + 1, torch.zeros(12)
+    scale = torch.tensor([0.4] * 5 + [0.7] * 7)
+    folded = d.folded(mean, scale)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), d(x * scale) / scale, atol=1e-4, rtol=1e-4)
+        assert torch.equal(folded.encode(x) > 0, d.encode(x * scale) > 0)
+
+
 def test_code_norms():
     options = {"site_dims": (5, 7), "unit_norm_decoder": False}
     d = perturbed(ReLU(), **options)
@@ -315,6 +332,10 @@ def test_impossible_rules_terms_and_widths_are_refused():
         lambda: JumpReLU(bandwidth=0.0),
         lambda: losses.PrefixReconstruction(shares=(0.5, 0.5, 1.0)),
         lambda: losses.L0(weight=1.0, target=0.0),
+        lambda: losses.L1(weight=-1.0),
+        lambda: losses.L1(weight=1.0, p_start_t=1.0),
+        lambda: recipes.Recipe(rule=TopK(k=3), terms=(losses.L1(weight=1.0),)),
+        lambda: recipes.Recipe(rule=ReLU(), terms=(losses.L0(weight=1.0),)),
     ):
         with pytest.raises(ValueError, match="need"):
             make()
@@ -327,19 +348,20 @@ def test_grid_sweeps_each_recipes_own_knob():
     names = ["topk", "gated", "jumprelu"]
     plans = recipes.grid(names, d_sae=[40, 80], k=[4, 8], l1=[0.5], **shape)
     assert list(plans) == [
-        "topk d40 k4", "topk d40 k8", "topk d80 k4", "topk d80 k8",
-        "gated d40", "gated d80", "jumprelu d40", "jumprelu d80",
+        "topk d_sae=40 k=4", "topk d_sae=40 k=8", "topk d_sae=80 k=4", "topk d_sae=80 k=8",
+        "gated d_sae=40", "gated d_sae=80", "jumprelu d_sae=40", "jumprelu d_sae=80",
     ]  # fmt: skip
-    config, recipe = plans["topk d80 k8"]
+    config, recipe = plans["topk d_sae=80 k=8"]
     assert (config.d_sae, config.rule.k, recipe.rule) == (80, 8, config.rule)
-    assert plans["gated d40"][1] == recipes.gated(l1=0.5)
-    assert plans["jumprelu d40"][1] == recipes.jumprelu()
-    assert list(recipes.grid(["topk"], d_sae=[40], k=[4], **shape)) == ["topk"]
+    assert plans["gated d_sae=40"][1] == recipes.gated(l1=0.5)
+    assert plans["jumprelu d_sae=40"][1] == recipes.jumprelu()
+    assert list(recipes.grid(["topk"], d_sae=40, k=4, **shape)) == ["topk"]
     assert len(recipes.grid(list(recipes.NAMED), d_sae=[40], k=[4], **shape)) == 12
     with pytest.raises(ValueError, match="no recipe 'top-k'; near ones: topk"):
         recipes.grid(["top-k"], d_sae=[40], **shape)
-    with pytest.raises(ValueError, match="k <= d_sae 40, got k 41"):
-        recipes.grid(["topk"], d_sae=[40], k=[41], **shape)
+    for name in ("topk", "jumprelu_target"):
+        with pytest.raises(ValueError, match="k <= d_sae 40, got"):
+            recipes.grid([name], d_sae=40, k=41, **shape)
     with pytest.raises(ValueError, match="at least one d_sae"):
         recipes.grid(["topk"], d_sae=[], **shape)
 
@@ -351,5 +373,9 @@ def test_load_dictionaries_by_name(tmp_path):
     assert list(found) == ["a", "b"]
     torch.testing.assert_close(found["b"].W_dec, perturbed(TopK(k=3), seed=ord("b")).W_dec)
     assert list(load_dictionaries(tmp_path / "a")) == ["a"]
+    with pytest.raises(ValueError, match="a folder that is new or a dictionary's"):
+        perturbed(TopK(k=3)).save(tmp_path)
+    perturbed(TopK(k=3)).save(tmp_path / "a")
+    assert list(load_dictionaries(tmp_path)) == ["a", "b"]
     with pytest.raises(FileNotFoundError, match="need a dictionary"):
         load_dictionaries(tmp_path / "c")

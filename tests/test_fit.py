@@ -123,6 +123,15 @@ def test_each_dictionary_reads_its_own_sites():
     alone = fit({"a": chosen["a"]}, [b[:, :16] for b in batches], FitConfig(n_steps=5))
     same(together["a"].dictionary.state_dict(), alone["a"].dictionary.state_dict())
     assert together["both"].dictionary.W_dec.shape == (32, 24)
+    for wrong, message in (
+        ({"a": 16}, "need batches of width 16, got 24"),
+        ({"a": 15, "b": 9}, "site_dims .15,. of these sites, got .16,."),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit({"a": chosen["a"]}, batches, FitConfig(n_steps=5), sites=wrong, progress=False)
+    twice = plan(recipe, site_dims=(16, 16), hook_names=("a", "a"))
+    with pytest.raises(ValueError, match="each hook name once"):
+        fit({"a": twice}, batches, FitConfig(n_steps=5), sites=sites, progress=False)
     with pytest.raises(ValueError, match="need hook names among"):
         fit({"c": plan(recipe, hook_names=("c",))}, batches, FitConfig(n_steps=5), sites=sites)
 
@@ -193,8 +202,39 @@ def test_resume_without_a_state_skips_what_was_served(tmp_path):
     fit(plans(), batches, config(), folder=tmp_path / "whole", progress=False)
     with pytest.raises(ValueError, match="ended at step 30"):
         fit(plans(), batches[:30], config(), folder=tmp_path / "cut", progress=False)
+    with pytest.raises(ValueError, match="ended before step 28"):
+        fit(plans(), batches[:9], config(), folder=tmp_path / "cut", resume=True, progress=False)
     fit(plans(), batches, config(), folder=tmp_path / "cut", resume=True, progress=False)
     same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_resume_takes_plans_in_any_order_and_sweeps_what_kills_left(tmp_path):
+    whole = fit(plans(), stream(), config(), folder=tmp_path, progress=False)
+    (tmp_path / ".checkpoint-40.abc").mkdir()
+    (tmp_path / ".gated.xyz").mkdir()
+    backwards = dict(reversed(plans().items()))
+    again = fit(backwards, stream(), config(), folder=tmp_path, resume=True, progress=False)
+    for name, result in again.items():
+        same(result.dictionary.state_dict(), whole[name].dictionary.state_dict())
+    assert not list(tmp_path.glob(".*"))
+    file = tmp_path / f"checkpoint-{fit_worker.N_STEPS}" / "0.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="checkpoint-60 is damaged"):
+        fit(plans(), stream(), config(), folder=tmp_path, resume=True, progress=False)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step():
+    chosen = plan(recipes.topk(k=3))
+    trainee = Trainee(*chosen, config(n_steps=10), torch.device("cpu"))
+    trainee.start(next(stream()))
+    trainee.step(0, next(stream()))
+    before = {k: v.clone() for k, v in trainee.state().items()}
+    with pytest.raises(FloatingPointError, match="gradient's norm is"):
+        trainee.step(1, next(stream()) * 1e17)
+    after = trainee.state()
+    for name in before:
+        if name != "seconds":
+            assert torch.equal(before[name], after[name]), name
 
 
 def test_kill_nine_at_twenty_moments(tmp_path, forkserver):
@@ -232,6 +272,7 @@ def test_kill_nine_at_twenty_moments(tmp_path, forkserver):
     process.join(120)
     assert process.exitcode == 0
     same(weights(tmp_path / "whole"), weights(cut))
+    assert not list(cut.glob(".*"))  # nothing half there is left
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_batch(tmp_path):
@@ -295,10 +336,13 @@ def test_bad_input_is_refused_before_any_step(tmp_path):
         fit(chosen, stream(), config())
     with pytest.raises(ValueError, match="width 16, got 15"):
         fit(chosen, [torch.randn(8, 15)], settings, progress=False)
-    with pytest.raises(ValueError, match="2 of 8 activations at step 0 are NaN"):
+    with pytest.raises(FloatingPointError, match="2 of 8 activations at step 0 are NaN .* is in"):
         spoilt = torch.randn(8, 16)
         spoilt[:2, 3] = torch.nan
-        fit(chosen, [spoilt], settings, progress=False)
+        fit(chosen, [spoilt], settings, folder=tmp_path, progress=False)
+    assert torch.equal(
+        load_file(tmp_path / "bad_batch.safetensors")["batch"].isnan(), spoilt.isnan()
+    )
     with pytest.raises(ValueError, match="need batches"):
         fit(chosen, [torch.randn(0, 16)], settings, progress=False)
     (tmp_path / "file").write_text("")

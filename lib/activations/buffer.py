@@ -56,7 +56,8 @@ class Buffer(Iterator[Tensor]):
             self.n_served += len(slots)
         if not len(self._order) and self._exhausted:
             self._start_epoch()
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        # after load_state_dict the first parts may lie on the CPU, the later ones on a GPU
+        return torch.cat([part.to(parts[-1].device) for part in parts])
 
     @property
     def _exhausted(self) -> bool:

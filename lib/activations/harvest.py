@@ -76,10 +76,10 @@ class Harvester:
         self.models, self.corpus, self.config = models, corpus, config
         self.n_blocks = -(-len(corpus.ids) // config.batch_rows)
         self.hook_names = config.hook_names * len(models)
-        self.site_dims = tuple(_width(m, name) for m in models for name in config.hook_names)
+        self.site_dims = tuple(width_at(m, name) for m in models for name in config.hook_names)
         for i, model in enumerate(models):
             _check_model(model, corpus, f"model {i}")
-        names = list(dict.fromkeys(_split(name)[0] for name in config.hook_names))
+        names = list(dict.fromkeys(split_head(name)[0] for name in config.hook_names))
         self._forwards = [BACKENDS[config.backend](model, names) for model in models]
         self._limits = self._norm_limits()
 
@@ -130,7 +130,7 @@ class Harvester:
             device = _device(model)
             acts = forward(rows.ids[:, :width].long().to(device), rows.mask[:, :width].to(device))
             for name in self.config.hook_names:
-                site, head = _split(name)
+                site, head = split_head(name)
                 x = acts[site] if head is None else acts[site][:, :, head]
                 chosen = keep[:, :width].to(x.device)
                 parts.append(x[chosen].flatten(1).to(home))
@@ -169,14 +169,14 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _split(hook_name: str) -> tuple[str, int | None]:
+def split_head(hook_name: str) -> tuple[str, int | None]:
     """The site in the model, and the head."""
     match = re.fullmatch(r"(.+\.hook_z)\.(\d+)", hook_name)
     return (match[1], int(match[2])) if match else (hook_name, None)
 
 
-def _width(model: nn.Module, hook_name: str) -> int:
-    site, head = _split(hook_name)
+def width_at(model: nn.Module, hook_name: str) -> int:
+    site, head = split_head(hook_name)
     width = site_dim(model, site)
     if head is None:
         return width

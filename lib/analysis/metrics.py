@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.activations.harvest import _split, _width
+from lib.activations.harvest import split_head, width_at
 from lib.activations.source import Block
 from lib.data.corpus import Corpus
 from lib.dictionaries import Dictionary
@@ -169,7 +169,7 @@ def patched_losses(
         rows = _Rows.of(corpus, start, start + batch_rows, skip_special)
         logits = [_logits(model, rows)]
         for fn in (rebuild, torch.zeros_like):
-            with replace(model, _split(hook_name)[0], _editor(hook_name, rows.patched, fn)):
+            with replace(model, split_head(hook_name)[0], _editor(hook_name, rows.patched, fn)):
                 logits.append(_logits(model, rows))
         predicted = (rows.mask[:, 1:] & rows.mask[:, :-1]).nonzero()
         for part in predicted.split(1024):  # float32 copies of few logits at a time
@@ -202,7 +202,7 @@ def _check_patch(model: PreTrainedModel, dictionary: Dictionary, hook_name: str)
     dims = dictionary.config.site_dims
     if len(dims) != 1:
         raise ValueError(f"need a dictionary of one site to patch, got one of {len(dims)}")
-    width = _width(model, hook_name)
+    width = width_at(model, hook_name)
     if dims[0] != width:
         raise ValueError(f"need a dictionary of width {width} at {hook_name}, got {dims[0]}")
     if model.training:
@@ -226,7 +226,7 @@ def _editor(
     hook_name: str, patched: Bool[Tensor, "rows seq"], fn: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
     """Puts `fn` of the patched tokens' activations, at all heads or at one, in their place."""
-    head = _split(hook_name)[1]
+    head = split_head(hook_name)[1]
 
     def edit(x: Tensor) -> Tensor:
         y, tokens = x.clone(), patched.to(x.device)

@@ -1,12 +1,16 @@
 """Checkpoints of a fit: one folder a step, complete or absent; the newest is what counts."""
 
+import glob
+import itertools
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,9 +43,9 @@ def save_checkpoint(
             save_file(_plain(stream.state_dict()), new / "stream.safetensors")
         state = {"step": step, "config": config, "names": list(trainees), "history": history}
         (new / "state.json").write_text(json.dumps(state))
-    for other in _checkpoints(folder):
-        if other[0] != step:
-            shutil.rmtree(other[1])
+    for other, path in _checkpoints(folder):
+        if other != step:
+            _remove(path)
 
 
 def load_checkpoint(
@@ -68,19 +72,38 @@ def load_checkpoint(
             f"cannot resume {newest}: it was made with another config ({'; '.join(differing)}); "
             "use another folder, or resume=False to start again"
         )
-    for i, trainee in enumerate(trainees.values()):
-        trainee.load_state(load_file(newest / f"{i}.safetensors"))
-    if isinstance(stream, Resumable):
-        stream.load_state_dict(load_file(newest / "stream.safetensors"))
-    else:
-        for _ in range(state["step"]):
-            next(stream)
+    try:
+        for name, trainee in trainees.items():
+            i = state["names"].index(name)
+            trainee.load_state(load_file(newest / f"{i}.safetensors"))
+        position = newest / "stream.safetensors"
+        saved = load_file(position) if position.exists() else None
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {newest} is damaged: {error}") from error
+    if isinstance(stream, Resumable) and saved is not None:
+        stream.load_state_dict(saved)
+    elif sum(1 for _ in itertools.islice(stream, state["step"])) < state["step"]:
+        raise ValueError(f"the stream ended before step {state['step']}, where {newest} goes on")
     return state["step"], state["history"]
 
 
 def clear_checkpoints(folder: Path) -> None:
     for _, path in _checkpoints(folder):
-        shutil.rmtree(path)
+        _remove(path)
+
+
+def sweep(folder: Path, names: Iterable[str]) -> None:
+    """Remove what killed runs left under temporary names."""
+    for name in ("checkpoint-", *(f"{name}." for name in names)):
+        for path in folder.glob(f".{glob.escape(name)}*"):
+            shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    """Absent at once: a kill while its files go leaves only a temporary name."""
+    gone = path.with_name(f".{path.name}.gone")
+    path.replace(gone)
+    shutil.rmtree(gone)
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

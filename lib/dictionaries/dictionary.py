@@ -161,23 +161,23 @@ class Dictionary(nn.Module):
             tied=self.config.tied and uniform,
             code_norm=self.config.code_norm if uniform else "none",
         )
-        if not uniform and self.config.code_norm == "crosscoder" and self.config.rule.sparse:
-            raise ValueError("cannot fold a non-uniform scale under code_norm 'crosscoder'")
         other = copy.deepcopy(self)
         other.config = config
         if other.encoder is None and not config.tied:
             other.encoder = nn.Parameter(self.W_dec.clone())
+        if not uniform and isinstance(config.rule, BatchTopK):
+            _take_code_norms_(other, self.code_norms())
         other.b_dec.copy_(mean + self.b_dec / scale)
         if not config.apply_b_dec_to_input:
-            shift = self.encoder_rows @ (mean * scale)
+            shift = other.encoder_rows @ (mean * scale)
             other.b_enc -= shift
             if isinstance(config.rule, Gated):
                 other.b_mag -= shift * self.r_mag.exp()
         if uniform:
             _divide_latents_(other, scale[0])
         else:
-            other.encoder.copy_(self.encoder_rows * scale)
-            other.W_dec.copy_(self.W_dec / scale)
+            other.encoder *= scale
+            other.W_dec /= scale
         return other
 
     def save(self, folder: str | Path) -> Path:
@@ -202,6 +202,13 @@ class Dictionary(nn.Module):
         if x.shape[-1] != self.d_in:
             raise ValueError(f"need activations of width {self.d_in}, got {tuple(x.shape)}")
         return x.reshape(-1, self.d_in).to(self.W_dec)
+
+
+def _take_code_norms_(dictionary: Dictionary, norms: Float[Tensor, "d_sae"]) -> None:
+    """Multiply latents by their code norms and decoder rows by the inverse: ranks are kept."""
+    dictionary.encoder *= norms[:, None]
+    dictionary.b_enc *= norms
+    dictionary.W_dec /= norms[:, None]
 
 
 def _divide_latents_(dictionary: Dictionary, scale: Float[Tensor, ""]) -> None:

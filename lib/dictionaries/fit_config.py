@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from lib.activations.normalize import KINDS
+
 SCHEDULES = ("constant", "linear", "cosine")
-NORMALIZATIONS = ("none", "mean_norm", "per_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,8 @@ class FitConfig:
             raise ValueError(f"need checkpoint_every >= 0, got {self.checkpoint_every}")
         if self.lr_schedule not in SCHEDULES:
             raise ValueError(f"need lr_schedule in {SCHEDULES}, got {self.lr_schedule!r}")
-        if self.normalize not in NORMALIZATIONS:
-            raise ValueError(f"need normalize in {NORMALIZATIONS}, got {self.normalize!r}")
+        if self.normalize not in KINDS:
+            raise ValueError(f"need normalize in {KINDS}, got {self.normalize!r}")
 
     def lr_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at `step`, from 0."""

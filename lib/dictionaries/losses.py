@@ -67,20 +67,25 @@ class PrefixReconstruction:
 
     def __call__(self, p: Pass) -> Float[Tensor, ""]:
         bounds = [round(share * p.dictionary.d_sae) for share in self.shares]
+        starts = (0, *bounds[:-1])
+        sizes = [stop - start for start, stop in zip(starts, bounds, strict=True)]
         left, total = p.target - p.dictionary.b_dec, 0.0
-        for start, stop in zip((0, *bounds), bounds, strict=False):
-            left = left - self._part(p, start, stop)
+        for start, rows in zip(starts, p.dictionary.W_dec.split(sizes), strict=True):
+            left = left - _decoded(p.acts, start, rows)
             total = total + left.square().sum(1).mean()
         return total / len(bounds)
 
-    @staticmethod
-    def _part(p: Pass, start: int, stop: int) -> Float[Tensor, "n d_out"]:
-        """What the latents from `start` up to `stop` decode to."""
-        W_dec = p.dictionary.W_dec
-        if not isinstance(p.acts, SparseActs):
-            return p.acts[:, start:stop] @ W_dec[start:stop]
-        part = p.acts.where((p.acts.indices >= start) & (p.acts.indices < stop))
-        return sparse_decode(part.values, part, W_dec)
+
+def _decoded(
+    acts: SparseActs | Float[Tensor, "n d_sae"], start: int, rows: Float[Tensor, "m d_out"]
+) -> Float[Tensor, "n d_out"]:
+    """What the latents from `start` on decode to, given as many decoder rows."""
+    stop = start + len(rows)
+    if not isinstance(acts, SparseActs):
+        return acts[:, start:stop] @ rows
+    part = acts.where((acts.indices >= start) & (acts.indices < stop))
+    part = SparseActs(part.indices - start, part.values, part.offsets, len(rows))
+    return sparse_decode(part.values, part, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +104,14 @@ class L1:
     p_end: float = 1.0
     p_start_t: float = 0.2
     """Share of the training after which p begins to fall."""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"need weight >= 0, got {self.weight}")
+        if not 0 < self.p_end <= 1 or not 0 <= self.p_start_t < 1:
+            raise ValueError(
+                f"need p_end in (0, 1] and p_start_t in [0, 1), got {self.p_end}, {self.p_start_t}"
+            )
 
     def __call__(self, p: Pass) -> Float[Tensor, ""]:
         codes = self.codes(p) * p.dictionary.code_norms()

@@ -44,6 +44,13 @@ class Resample:
     """Norm of a new encoder row, in mean norms of the living."""
 
 
+_DENSE = ReLU | Gated | JumpReLU
+_NEEDS = {
+    L1: _DENSE, Entropy: _DENSE, GhostGradients: _DENSE, GateL1: Gated, GateReconstruction: Gated,
+    L0: JumpReLU,
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One way to train. `replace(recipe, lr=…)` sweeps over lr on one stream."""
@@ -57,10 +64,22 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"need lr > 0, got {self.lr}")
+        for term in self.terms:
+            needs = _NEEDS.get(type(term), Rule)
+            if not isinstance(self.rule, needs):
+                raise ValueError(f"{type(term).__name__} cannot go with {self.rule}; need {needs}")
 
     def dictionary(self, **shape) -> DictionaryConfig:
-        """The config of a dictionary of this rule: `site_dims`, `d_sae`, `hook_names`, …"""
-        return DictionaryConfig(rule=self.rule, **shape)
+        """The config of a dictionary of this rule: `site_dims`, `d_sae`, `hook_names`, …
+
+        Raises:
+            ValueError: as `DictionaryConfig`; an L0 to aim at that is above `d_sae`.
+        """
+        config = DictionaryConfig(rule=self.rule, **shape)
+        for term in self.terms:
+            if isinstance(term, L0) and term.target is not None and term.target > config.d_sae:
+                raise ValueError(f"need k <= d_sae {config.d_sae}, got a target of {term.target}")
+        return config
 
     def to_json(self) -> dict:
         terms = [{"name": type(term).__name__, **asdict(term)} for term in self.terms]
@@ -152,17 +171,18 @@ NAMED = {recipe.__name__: recipe for recipe in (*BY_L1, jumprelu, *BY_K)}
 def grid(
     names: Sequence[str],
     *,
-    d_sae: Sequence[int],
-    k: Sequence[int] = (),
-    l1: Sequence[float] = (),
-    l0: Sequence[float] = (),
+    d_sae: int | Sequence[int],
+    k: int | Sequence[int] = (),
+    l1: float | Sequence[float] = (),
+    l0: float | Sequence[float] = (),
     **shape,
 ) -> dict[str, tuple[DictionaryConfig, Recipe]]:
     """Every recipe at every width and at every setting of its own knob, for `fit`.
 
     Args:
         names: keys of `NAMED`.
-        k, l1, l0: settings for `BY_K`, `BY_L1` and `jumprelu`; without any, the recipe's own.
+        k, l1, l0: one or several settings for `BY_K`, `BY_L1` and `jumprelu`; without any, the
+            recipe's own.
         shape: `site_dims`, `hook_names`, … of every dictionary.
 
     Returns:
@@ -171,6 +191,9 @@ def grid(
     Raises:
         ValueError: no recipe of that name (near ones are listed), or no width.
     """
+    d_sae, k, l1, l0 = (
+        (value,) if isinstance(value, int | float) else tuple(value) for value in (d_sae, k, l1, l0)
+    )
     if not d_sae:
         raise ValueError("need at least one d_sae, got none")
     plans = {}
@@ -186,8 +209,8 @@ def grid(
         )
         for width in d_sae:
             for options in [{knob: value} for value in values] or [{}]:
-                full = name + (f" d{width}" if len(d_sae) > 1 else "")
-                full += f" {knob}{options[knob]}" if len(values) > 1 else ""
+                full = name + (f" d_sae={width}" if len(d_sae) > 1 else "")
+                full += f" {knob}={options[knob]}" if len(values) > 1 else ""
                 recipe = make(**options)
                 plans[full] = (recipe.dictionary(d_sae=width, **shape), recipe)
     return plans

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lib.dictionaries.kernels import SparseActs
+from lib.dictionaries.kernels.sparse import SparseActs, starts_of
 
 if TYPE_CHECKING:
     from lib.dictionaries.dictionary import Dictionary
@@ -143,7 +143,7 @@ class BatchTopK:
         kept = _largest(scores.flatten(), len(pre) * self.k, 0.9 * dictionary.threshold)
         rows, indices = kept // pre.shape[1], kept % pre.shape[1]
         counts = torch.bincount(rows, minlength=len(pre))
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        offsets = starts_of(counts)
         if len(kept):
             smallest = scores.flatten()[kept].min()
             past = torch.where(dictionary.threshold == 0, smallest, dictionary.threshold)

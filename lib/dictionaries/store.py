@@ -29,7 +29,18 @@ _ARCHITECTURES = {
 
 
 def save(dictionary: Dictionary, folder: Path) -> Path:
-    """Write the folder, whole or not at all; what stood there is replaced."""
+    """Write the folder, whole or not at all; a dictionary that stood there is replaced.
+
+    Raises:
+        ValueError: the folder holds anything else, which would be lost.
+    """
+    others = (
+        sorted({p.name for p in folder.iterdir()} - {CONFIG, WEIGHTS}) if folder.is_dir() else []
+    )
+    if others:
+        raise ValueError(
+            f"need a folder that is new or a dictionary's, got {folder} with {others[:5]}"
+        )
     tensors = {
         name: value.detach().to("cpu", torch.float32).contiguous()
         for name, value in tensors_of(dictionary).items()
@@ -46,20 +57,23 @@ def load(folder: Path) -> Dictionary:
     return from_tensors(saved, weights, folder)
 
 
-def load_dictionaries(folder: Path) -> dict[str, Dictionary]:
+def load_dictionaries(
+    folder: str | Path, device: str | torch.device = "cpu"
+) -> dict[str, Dictionary]:
     """The dictionary in `folder`, or those in its folders, by name.
 
     Raises:
         FileNotFoundError: there is none.
     """
+    folder = Path(folder)
     found = (
         [folder]
         if (folder / CONFIG).is_file()
-        else sorted(p.parent for p in folder.glob(f"*/{CONFIG}"))
+        else sorted(p.parent for p in folder.glob(f"[!.]*/{CONFIG}"))
     )
     if not found:
         raise FileNotFoundError(f"need a dictionary ({CONFIG}) in {folder} or in a folder of it")
-    return {path.name: load(path) for path in found}
+    return {path.name: load(path).to(device) for path in found}
 
 
 def read_files(folder: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -136,7 +150,7 @@ def from_tensors(saved: dict, weights: dict[str, Tensor], where: object) -> Dict
     Raises:
         ValueError: something that `Dictionary` cannot be; the message begins with `where`.
     """
-    weights = {name: value.float() for name, value in weights.items()}
+    weights = {name: value.float().cpu() for name, value in weights.items()}
     if "scaling_factor" in weights and bool((weights["scaling_factor"] == 1).all()):
         del weights["scaling_factor"]  # sae-lens once wrote it with every SAE
     try:

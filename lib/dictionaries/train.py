@@ -10,7 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib.dictionaries.checkpoints import clear_checkpoints, load_checkpoint, save_checkpoint
+from lib.dictionaries.checkpoints import (
+    clear_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    sweep,
+)
 from lib.dictionaries.config import DictionaryConfig, config_to_json
 from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.fit_config import FitConfig
@@ -55,15 +60,15 @@ def fit(
             columns of its own `hook_names`; without it each reads all of them.
         folder: for checkpoints, and at the end for the dictionaries, one folder each. Every file
             is complete or absent.
-        resume: go on from the newest checkpoint in `folder`, bit for bit, if there is one;
-            otherwise what is there is cleared.
+        resume: go on from the newest checkpoint in `folder`, bit for bit on a CPU, if there is
+            one; otherwise checkpoints there are removed.
         tracking: `none`, `tensorboard` or `wandb`.
 
     Raises:
         ValueError: no plan, a bad name, a rule that differs from its recipe's, another width than
-            the stream's, NaN activations, a stream that ends early, a resume with another config.
-        FloatingPointError: a loss that is not finite: the step, and (given a folder) where the
-            batch was saved. The last checkpoint stays.
+            the stream's, a stream that ends early, a resume with another config.
+        FloatingPointError: activations, a loss or a gradient that are not finite: the step, and
+            (given a folder) where the batch was saved. The last checkpoint stays.
         OSError: the folder cannot be written.
     """
     target = _check(plans, config, folder, resume, tracking)
@@ -74,12 +79,20 @@ def fit(
     restored = load_checkpoint(target, trainees, batches, identity) if resume else None
     if target and not resume:
         clear_checkpoints(target)
+    if target:
+        sweep(target, plans)
     start, history = restored or (0, {name: [] for name in plans})
 
     steps = tqdm(range(start, config.n_steps), desc="fit", disable=not progress, mininterval=1)
     with tracker(tracking, (target or Path()) / "tracking", _flat(plans)) as log:
         for step in steps:
-            everything = _next(batches, step).to(device, torch.float32)
+            everything = _next(batches, step, sites).to(device, torch.float32)
+            if not everything.isfinite().all():
+                bad = int((~everything.isfinite()).any(1).sum())
+                raise FloatingPointError(
+                    f"{bad} of {len(everything)} activations at step {step} are NaN or infinite"
+                    f"{_kept(target, everything)}"
+                )
             logged = (step + 1) % config.log_every == 0 or step + 1 == config.n_steps
             for name, trainee in trainees.items():
                 batch = _part(name, trainee, everything, columns[name])
@@ -92,6 +105,7 @@ def fit(
                 if logged:
                     entry = {"step": step + 1, "tokens": (step + 1) * len(batch)}
                     history[name].append(entry | trainee.metrics(out))
+                del out  # with the activations of a whole batch
             if logged:
                 latest = {name: entries[-1] for name, entries in history.items()}
                 steps.set_postfix_str(_postfix(latest), refresh=False)
@@ -100,13 +114,12 @@ def fit(
             if target and (due or step + 1 == config.n_steps):
                 save_checkpoint(target, step + 1, trainees, batches, identity, history)
 
-    fitted = {
-        name: Fitted(trainee.finished(), history[name], trainee.seconds)
-        for name, trainee in trainees.items()
-    }
-    if target:
-        for name, result in fitted.items():
-            result.dictionary.save(target / name)
+    fitted = {}
+    for name in plans:
+        trainee = trainees.pop(name)  # one by one, or memory holds every optimiser to the end
+        fitted[name] = Fitted(trainee.finished(), history[name], trainee.seconds)
+        if target:
+            fitted[name].dictionary.save(target / name)
     return fitted
 
 
@@ -145,20 +158,24 @@ def _columns(
         return None
     ends = dict(zip(sites, accumulate(sites.values()), strict=True))
     missing = [hook for hook in config.hook_names if hook not in sites]
+    if len(set(config.hook_names)) < len(config.hook_names):
+        raise ValueError(f"{name}: need each hook name once, got {config.hook_names}")
     if missing or not config.hook_names:
         raise ValueError(f"{name}: need hook names among {list(sites)}, got {config.hook_names}")
+    found = tuple(sites[hook] for hook in config.hook_names)
+    if config.out_dims is None and found != config.site_dims:
+        raise ValueError(f"{name}: need site_dims {found} of these sites, got {config.site_dims}")
     return [slice(ends[hook] - sites[hook], ends[hook]) for hook in config.hook_names]
 
 
-def _next(batches: Iterator[Tensor], step: int) -> Tensor:
+def _next(batches: Iterator[Tensor], step: int, sites: Mapping[str, int] | None) -> Tensor:
     batch = next(batches, None)
     if batch is None:
         raise ValueError(f"the stream ended at step {step}; need a batch for every step")
     if batch.ndim != 2 or not len(batch):
         raise ValueError(f"need batches [n d], n >= 1, got {tuple(batch.shape)} at step {step}")
-    if not batch.isfinite().all():
-        bad = int((~batch.isfinite()).any(1).sum())
-        raise ValueError(f"{bad} of {len(batch)} activations at step {step} are NaN or infinite")
+    if sites is not None and batch.shape[1] != sum(sites.values()):
+        raise ValueError(f"need batches of width {sum(sites.values())}, got {batch.shape[1]}")
     return batch
 
 

@@ -22,7 +22,7 @@ class Trainee:
         self, config: DictionaryConfig, recipe: Recipe, fit: FitConfig, device: torch.device
     ) -> None:
         self.recipe, self.fit = recipe, fit
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(fit.seed)
             self.dictionary = Dictionary(config).to(device).train()
         self.optimizer = torch.optim.Adam(
@@ -46,9 +46,10 @@ class Trainee:
         """One optimiser step.
 
         Raises:
-            FloatingPointError: the loss is not finite; nothing was changed by this step.
+            FloatingPointError: the loss or its gradient is not finite; weights and optimiser are
+                as they were.
         """
-        began = time.perf_counter()
+        began = self._now()
         d, fit = self.dictionary, self.fit
         out = self._forward(batch, step / fit.n_steps)
         loss = torch.stack([term(out) for term in self.recipe.terms]).sum()
@@ -56,18 +57,20 @@ class Trainee:
             raise FloatingPointError(f"loss is {loss.item()} at step {step}")
         for group in self.optimizer.param_groups:
             group["lr"] = (self.recipe.lr or fit.lr) * fit.lr_factor(step)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         d.project_decoder_grad_()
-        torch.nn.utils.clip_grad_norm_(d.parameters(), fit.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(d.parameters(), fit.grad_clip)
+        if not norm.isfinite():
+            raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}")
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # its memory is the next dictionary's
         d.normalize_decoder_()  # after the step, or rows drift off the sphere
         self.tokens_since_fired += len(out.x)
         self.tokens_since_fired[fired(out.acts)] = 0
         resample = self.recipe.resample
         if resample and step + 1 in [round(share * fit.n_steps) for share in resample.shares]:
             self._resample(out)
-        self.seconds += time.perf_counter() - began
+        self.seconds += self._now() - began
         return out
 
     @torch.no_grad()
@@ -120,6 +123,15 @@ class Trainee:
         device = self.tokens_since_fired.device
         self.normalizer = Normalizer(normalizer.mean.to(device), normalizer.scale.to(device))
 
+    def _now(self) -> float:
+        """Seconds, once the device has done what it was given."""
+        if self.tokens_since_fired.is_cuda:
+            torch.cuda.synchronize(self.tokens_since_fired.device)
+        return time.perf_counter()
+
+    def _dead(self) -> Int[Tensor, "n_dead"]:
+        return (self.tokens_since_fired >= self.fit.dead_after).nonzero().flatten()
+
     def _split(self, batch: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
         """Input and target: one and the same, or a transcoder's two halves."""
         config = self.dictionary.config
@@ -135,13 +147,12 @@ class Trainee:
         target = x if d.config.out_dims is None else target
         acts, pre = d.training_acts(x)
         x_hat = d.decode_sparse(acts) if isinstance(acts, SparseActs) else d.decode(acts)
-        dead = (self.tokens_since_fired >= self.fit.dead_after).nonzero().flatten()
-        return Pass(d, x, target, x_hat, acts, pre, dead, t)
+        return Pass(d, x, target, x_hat, acts, pre, self._dead(), t)
 
     @torch.no_grad()
     def _resample(self, out: Pass) -> None:
         """Give dead latents the directions of tokens drawn by their squared loss."""
-        d, dead = self.dictionary, out.dead
+        d, dead = self.dictionary, self._dead()
         if not len(dead):
             return
         chances = out.error.square().sum(1).square().double().cpu()

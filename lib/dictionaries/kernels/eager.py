@@ -56,7 +56,8 @@ class _ActivePreActs(torch.autograd.Function):
     def backward(ctx, grad):
         x, encoder, b_in = ctx.saved_tensors
         active = ctx.active
-        d_b_enc = grad.new_zeros(len(encoder)).index_add_(0, active.indices, grad)
+        ones = grad.new_ones(active.n, 1)
+        d_b_enc = _weight_gradient(active, grad, ones)[:, 0]  # index_add_ is not exact on a GPU
         d_encoder = _weight_gradient(active, grad, x)
         d_encoder.addr_(d_b_enc, b_in, alpha=-1)  # (x - b_in) without a copy of x
         d_x = _by_token(active, grad, encoder) if ctx.needs_input_grad[0] else None

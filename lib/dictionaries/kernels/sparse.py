@@ -1,11 +1,15 @@
 """Active (token, latent) pairs in compressed rows."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+def starts_of(counts: Int[Tensor, "m"]) -> Int[Tensor, "m_plus_1"]:
+    """Where runs of these lengths begin, and where the last ends."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,31 +21,36 @@ class SparseActs:
     values: Float[Tensor, "nnz"]
     offsets: Int[Tensor, "n_plus_1"]
     n_latents: int
+    _known: dict = field(default_factory=dict, repr=False)  # of the pairs, whatever their values
 
     @classmethod
     def of(cls, acts: Float[Tensor, "n n_latents"]) -> "SparseActs":
         """The non-zero entries of a dense matrix."""
         rows, indices = acts.nonzero(as_tuple=True)
         counts = torch.bincount(rows, minlength=len(acts))
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(indices, acts[rows, indices], offsets, acts.shape[1])
+        return cls(indices, acts[rows, indices], starts_of(counts), acts.shape[1])
 
     @property
     def n(self) -> int:
         return len(self.offsets) - 1
 
-    @cached_property
+    @property
     def rows(self) -> Int[Tensor, "nnz"]:
         """Token of each pair."""
-        tokens = torch.arange(self.n, device=self.offsets.device)
-        return tokens.repeat_interleave(self.offsets.diff(), output_size=len(self.indices))
+        if "rows" not in self._known:
+            tokens = torch.arange(self.n, device=self.offsets.device)
+            repeats = self.offsets.diff()
+            self._known["rows"] = tokens.repeat_interleave(repeats, output_size=len(self.indices))
+        return self._known["rows"]
 
-    @cached_property
+    @property
     def by_latent(self) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "n_latents_plus_1"]]:
         """The order that sorts the pairs by latent, and where each latent's begin in it."""
-        order = self.indices.argsort(stable=True)
-        counts = torch.bincount(self.indices, minlength=self.n_latents)
-        return order, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        if "by_latent" not in self._known:
+            order = self.indices.argsort(stable=True)
+            counts = torch.bincount(self.indices, minlength=self.n_latents)
+            self._known["by_latent"] = (order, starts_of(counts))
+        return self._known["by_latent"]
 
     def dense(self) -> Float[Tensor, "n n_latents"]:
         acts = self.values.new_zeros(self.n, self.n_latents)
@@ -53,15 +62,11 @@ class SparseActs:
 
     def with_values(self, values: Float[Tensor, "nnz"]) -> "SparseActs":
         """The same pairs with other values; what was computed about the pairs is kept."""
-        other = replace(self, values=values)
-        for name in ("rows", "by_latent"):
-            if name in self.__dict__:
-                other.__dict__[name] = self.__dict__[name]
-        return other
+        return replace(self, values=values)
 
     def where(self, kept: Bool[Tensor, "nnz"]) -> "SparseActs":
         """Only the pairs that are `kept`."""
-        before = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])
+        before = starts_of(kept.long())
         return SparseActs(
             self.indices[kept], self.values[kept], before[self.offsets], self.n_latents
         )
