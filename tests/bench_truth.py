@@ -9,6 +9,7 @@ import torch
 
 from lib import paths
 from lib.activations.harvest import HarvestConfig, Harvester
+from lib.analysis.metrics import reconstruction
 from lib.analysis.truth import baselines, score_record
 from lib.data.corpus import Corpus, load_split
 from lib.data.world import concept_matrix
@@ -53,9 +54,9 @@ def main(args: argparse.Namespace) -> None:
             record = collect(result.dictionary.encode_sparse, blocks, held)
             scores = score_record(record)
             broad = [f1 for c, f1 in scores["best"].by_concept().items() if ":" in c]
-            fvu, l0 = (result.history[-1][key] for key in ("fvu", "l0"))
+            quality = reconstruction(result.dictionary, blocks)
             means = (scores["best"].mean, scores["five"].mean, sum(broad) / len(broad))
-            results.setdefault(name, []).append((*means, fvu, l0, result.seconds))
+            results.setdefault(name, []).append((*means, quality.fvu, quality.l0, result.seconds))
     places = torch.cat([b.rows for b in blocks])
     labels = torch.from_numpy(concept_matrix(record.concepts.tolist()))
     for name, scores in baselines(torch.cat([b.acts for b in blocks]), labels, places).items():
