@@ -70,6 +70,13 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _share(file: Path) -> None:
+    """Readable as far as the umask lets: mkstemp, and safetensors, make files private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the name only if the block ends well."""
@@ -81,9 +88,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         _fsync(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private
+        _share(temporary)
         temporary.replace(path)
         _fsync(path.parent)
     finally:
@@ -105,6 +110,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield new
         for file in sorted(new.rglob("*")):
             _fsync(file)
+            if file.is_file():
+                _share(file)
         _fsync(new)
         if path.exists():
             path.replace(old)

@@ -58,7 +58,8 @@ def ours(
     named = {"topk": recipes.topk(k=k), "batchtopk": recipes.batchtopk(k=k)}
     plans = {name: (recipe.dictionary(**shape), recipe) for name, recipe in named.items()}
     stream = SyntheticStream(model, batch_size=args.batch_size, seed=seed)
-    config = FitConfig(n_steps=args.n_tokens // args.batch_size, lr=lr, seed=seed)
+    settings = {"n_steps": args.n_tokens // args.batch_size, "dead_after": args.n_tokens // 10}
+    config = FitConfig(**settings, lr=lr, seed=seed)
     fitted = fit(plans, stream, config, progress=False)
     return {f"ours {name}": result.dictionary for name, result in fitted.items()}
 

@@ -128,7 +128,12 @@ def concept_scores(
         for kind, (label, colour) in reversed(shades.items())
     ]
     figure = go.Figure(bars)
-    figure.add_vline(x=ceiling, line_dash="dot", annotation_text="linear probe on everything")
+    figure.add_vline(
+        x=ceiling,
+        line_dash="dot",
+        annotation_text="linear probe",
+        annotation_position="bottom right",
+    )
     height = 140 + 34 * len(names)
     figure.update_layout(title=title, height=height, barmode="group", **_LAYOUT)
     figure.update_xaxes(title="mean F1 over concepts (higher is better)", range=[0, 1])
