@@ -34,7 +34,7 @@ def spread(values: list[float]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(paths.shipped_dir() / "models" / args.model, device="cpu")
-    data = {"n_tokens": args.n_corpus, "n_eval": 60_000, "seq_len": 64}
+    data = {"n_tokens": args.n_corpus, "n_eval": args.n_eval, "seq_len": 64}
     train, held = load_split("world", tokenizer, **data)
 
     def harvested(corpus: Corpus) -> Harvester:
@@ -77,6 +77,7 @@ if __name__ == "__main__":
     parser.add_argument("--k", nargs="+", type=int, default=[16])
     parser.add_argument("--n_steps", type=int, default=1500)
     parser.add_argument("--n_corpus", type=int, default=800_000)
+    parser.add_argument("--n_eval", type=int, default=200_000)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seeds", type=int, default=3)
     main(parser.parse_args())

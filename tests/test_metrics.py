@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from lib import paths
 from lib.activations.harvest import HarvestConfig, Harvester
 from lib.activations.source import Block
 from lib.analysis.metrics import ReconstructionSums, patched_losses, reconstruction
 from lib.data.corpus import load_corpus
 from lib.data.world import build_tokenizer
-from lib.dictionaries import Dictionary, DictionaryConfig, SparseActs
+from lib.dictionaries import Dictionary, DictionaryConfig, SparseActs, load_dictionaries
 from lib.dictionaries.sparsity import ReLU, TopK
-from lib.models import replace, site_dim
+from lib.models import load_model, replace, site_dim
 from lib.models.tiny import TinyConfig, build_model
 
 SITE, HEADS = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"
@@ -289,3 +290,18 @@ def test_patching_refuses(model, corpus):
         refuse("need a model in eval mode", identity(model))
     finally:
         model.eval()
+
+
+def test_shipped_dictionaries_reconstruct_their_model():
+    """Small samples of what `make saes` measured, with room for their sampling error."""
+    model, tokenizer = load_model(paths.shipped_dir() / "models" / "tiny-gemma2", device="cpu")
+    corpus = load_corpus("world", tokenizer, n_tokens=4000, seq_len=64, split="test", seed=9)
+    found = load_dictionaries(paths.shipped_dir() / "saes" / "tiny-gemma2")
+    assert list(found) == ["matryoshka", "topk"]
+    for (name, dictionary), fvu in zip(found.items(), (0.061, 0.043), strict=True):
+        (hook,) = dictionary.config.hook_names
+        source = Harvester([model], corpus, HarvestConfig(hook_names=(hook,)))
+        quality = reconstruction(dictionary, (source.block(i) for i in range(source.n_blocks)))
+        assert quality.fvu == pytest.approx(fvu, rel=0.1), name
+        assert quality.l0 == pytest.approx(16, rel=0.05), name
+        assert patched_losses(model, dictionary, corpus, hook).loss_recovered > 0.997, name

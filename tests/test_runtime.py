@@ -48,6 +48,18 @@ def test_atomic_folder(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_what_atomic_writes_leave_is_readable(tmp_path):
+    with runtime.atomic_folder(tmp_path / "folder") as new:
+        (new / "private").write_text("a")
+        (new / "private").chmod(0o600)
+    with runtime.atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("a")
+    (tmp_path / "usual").write_text("a")
+    usual = (tmp_path / "usual").stat().st_mode
+    assert (tmp_path / "folder" / "private").stat().st_mode == usual
+    assert (tmp_path / "file").stat().st_mode == usual
+
+
 def test_atomic_folder_gives_the_old_one_back(tmp_path, monkeypatch):
     path, real = tmp_path / "checkpoint", Path.replace
     with runtime.atomic_folder(path) as new:
