@@ -1,5 +1,6 @@
 """A small fit that tests kill and resume; a module, so that a fork server can preload it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from lib.activations.source import Block
 from lib.dictionaries import FitConfig, fit, recipes
 
 N_STEPS = 60
+OFTEN = recipes.Resample(shares=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8))
 
 
 class Planted:
@@ -36,7 +38,7 @@ def plans() -> dict:
     """One recipe of each kind of state: thresholds, resampling with its RNG, two rules' extras."""
     chosen = {
         "batchtopk": recipes.batchtopk(k=3),
-        "resample": recipes.standard_resample(l1=0.3),
+        "resample": replace(recipes.standard_resample(l1=3.0), resample=OFTEN, lr=0.05),
         "gated": recipes.gated(l1=0.3),
         "jumprelu": recipes.jumprelu(l0=0.05),
     }
@@ -44,7 +46,7 @@ def plans() -> dict:
 
 
 def config(**changes) -> FitConfig:
-    defaults = {"n_steps": N_STEPS, "lr": 3e-3, "dead_after": 300, "checkpoint_every": 4}
+    defaults = {"n_steps": N_STEPS, "lr": 3e-3, "dead_after": 150, "checkpoint_every": 4}
     return FitConfig(**defaults | {"log_every": 10} | changes)
 
 

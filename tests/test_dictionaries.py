@@ -302,6 +302,18 @@ def test_gate_loss_trains_the_gate_but_not_the_decoder():
     assert p.dictionary.encoder.grad.abs().sum() > 0
 
 
+def test_l0_counts_the_lower_half_of_the_band():
+    """Codes are zero below the threshold, so a step on codes would miss half of the gradient."""
+    p = a_pass(recipes.jumprelu(threshold=0.6, bandwidth=0.4))
+    losses.L0(weight=1.0, ramp=0.0)(p).backward()
+    theta = p.dictionary.log_threshold.detach().exp()
+    near = (p.pre_acts.detach() - theta).abs() < 0.2
+    below = near & (p.pre_acts.detach() < theta)
+    assert below.sum() > 20
+    expected = -theta * near.sum(0) / 0.4 / len(p.x)
+    torch.testing.assert_close(p.dictionary.log_threshold.grad, expected)
+
+
 def test_l0_towards_a_target():
     for target, sign in ((0.5, -1), (30.0, 1)):
         p = a_pass(recipes.jumprelu())
