@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from lib.dictionaries.kernels import SparseActs
+from lib.dictionaries.kernels.sparse import SparseActs, starts_of
 
 CHUNK = 2**21
 """Entries ranked at once: bounds memory at about 50 · CHUNK bytes."""
@@ -46,10 +46,9 @@ class SparseFeatures:
         """These tokens only."""
         kept = tokens[self.acts.rows]
         counts = self.acts.offsets.diff()[tokens]
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         acts = self.acts
         return SparseFeatures(
-            SparseActs(acts.indices[kept], acts.values[kept], offsets, acts.n_latents)
+            SparseActs(acts.indices[kept], acts.values[kept], starts_of(counts), acts.n_latents)
         )
 
     def columns(self, features: Int[Tensor, " c"]) -> Float[Tensor, "n c"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lib.activations.source import Block
 from lib.data.corpus import Corpus
-from lib.dictionaries.kernels import SparseActs
+from lib.dictionaries.kernels.sparse import SparseActs, starts_of
 from lib.runtime import atomic_file
 
 KIND = "latent record 1"
@@ -217,13 +217,13 @@ def collect(
     return LatentRecord(
         indices=indices,
         values=values,
-        offsets=_offsets(counts),
+        offsets=starts_of(counts.long()),
         n_latents=n_latents,
         ids=ids,
         rows=rows,
         positions=positions,
         texts=corpus.ids[corpus.mask].int(),
-        text_offsets=_offsets(corpus.mask.sum(1)),
+        text_offsets=starts_of(corpus.mask.sum(1)),
         concepts=concepts,
     )
 
@@ -243,7 +243,3 @@ def _checked(
     if not inside or not torch.equal(corpus.ids[rows, positions].long(), block.ids.cpu().long()):
         raise ValueError(f"block {i}: need tokens of the corpus {corpus.name!r}, got others")
     return rows, positions
-
-
-def _offsets(counts: Tensor) -> Tensor:
-    return torch.cat([torch.zeros(1, dtype=torch.int64), counts.long().cumsum(0)])
