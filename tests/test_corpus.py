@@ -10,7 +10,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lib import paths
-from lib.data.corpus import load_corpus, load_split
+from lib.data.corpus import (
+    Corpus,
+    frequent_tokens,
+    load_corpus,
+    load_split,
+    token_frequencies,
+)
 from lib.data.world import CONCEPTS, concept_names
 
 
@@ -264,3 +270,46 @@ def test_split_of_the_world_holds_prompts_out_and_sorts_by_length(tokenizer, wor
         c[: len(r)].tolist() == rows[tuple(r)]
         for r, c in zip(real(train), train.concepts, strict=True)
     )
+
+
+# ---- frequencies
+
+
+def made(ids, mask, special):
+    ids, mask, special = (torch.tensor(x) for x in (ids, mask, special))
+    return Corpus(ids.int(), mask.bool(), special.bool(), None, "made")
+
+
+def test_frequencies_leave_padding_and_special_tokens_out():
+    corpus = made(
+        [[1, 4, 2, 4, 6], [1, 2, 4, 0, 0], [1, 5, 3, 2, 0]],
+        [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]],
+        [[1, 0, 0, 0, 1], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]],
+    )
+    assert token_frequencies(corpus, 7).tolist() == [0, 0, 3, 1, 3, 1, 0]
+    assert frequent_tokens(corpus, 3).tolist() == [2, 4, 3]  # equally frequent ones by id
+    assert frequent_tokens(corpus, 99).tolist() == [2, 4, 3, 5]  # no id that never occurs
+    assert token_frequencies(corpus, 6).tolist() == [0, 0, 3, 1, 3, 1]  # 6 is special
+    with pytest.raises(ValueError, match="need vocab > 5, an id in the corpus; got 5"):
+        token_frequencies(corpus, 5)
+    with pytest.raises(ValueError, match="need n >= 1 tokens, got 0"):
+        frequent_tokens(corpus, 0)
+    marks = made([[1, 2]], [[1, 1]], [[1, 1]])
+    assert token_frequencies(marks, 3).tolist() == [0, 0, 0]
+    assert len(frequent_tokens(marks, 3)) == 0
+
+
+def test_equally_frequent_tokens_come_by_id():
+    """Many of them: a short unstable sort is stable too."""
+    ids = torch.arange(9000).repeat_interleave(torch.arange(9000) % 3 + 1)[None]
+    corpus = made(ids.tolist(), torch.ones_like(ids).tolist(), torch.zeros_like(ids).tolist())
+    expected = sorted(range(9000), key=lambda i: (-(i % 3), i))
+    assert frequent_tokens(corpus, 7000).tolist() == expected[:7000]
+
+
+def test_frequencies_of_the_world(tokenizer):
+    corpus = load_corpus("world", tokenizer, n_tokens=3000, seq_len=64)
+    counts = token_frequencies(corpus, len(tokenizer))
+    assert counts.sum() == corpus.n_tokens - corpus.special.sum()
+    ids = frequent_tokens(corpus, 50)
+    assert counts[ids].tolist() == counts.sort(descending=True).values[:50].tolist()

@@ -65,6 +65,33 @@ class Corpus:
         return Corpus(*parts, concepts, self.name)
 
 
+def token_frequencies(corpus: Corpus, vocab: int) -> Int[Tensor, " vocab"]:
+    """How often each token id occurs; padding and special tokens do not count.
+
+    Raises:
+        ValueError: an id that is not below `vocab`.
+    """
+    ids = corpus.ids[corpus.mask & ~corpus.special]
+    if len(ids) and int(ids.max()) >= vocab:
+        raise ValueError(f"need vocab > {int(ids.max())}, an id in the corpus; got {vocab}")
+    return torch.bincount(ids, minlength=vocab)
+
+
+def frequent_tokens(corpus: Corpus, n: int) -> Int[Tensor, " n_ids"]:
+    """The `n` most frequent token ids, most frequent first and equally frequent ones by id.
+
+    Fewer where fewer occur: an id that never does is not frequent. Padding and special tokens do
+    not count.
+
+    Raises:
+        ValueError: `n` below 1.
+    """
+    if n < 1:
+        raise ValueError(f"need n >= 1 tokens, got {n}")
+    counts = token_frequencies(corpus, int(corpus.ids.max()) + 1)
+    return counts.argsort(descending=True, stable=True)[: min(n, int((counts > 0).sum()))]
+
+
 def load_split(
     dataset: str | Path,
     tokenizer: PreTrainedTokenizerBase,

@@ -11,9 +11,18 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where an architecture keeps its sites: paths of modules, all but `layers` below a layer."""
+    """Where an architecture keeps its sites: paths of modules.
+
+    `layers` and `final_norm` start at the model, the others at a layer.
+    """
 
     layers: str
+    final_norm: str
+    """Between the last block and the unembedding."""
+    norm_offset: float = 0.0
+    """The final norm multiplies by this plus its weight."""
+    norm_centres: bool = False
+    """The final norm is a LayerNorm, which subtracts the mean; else an RMSNorm."""
     z: str
     """Attention's output projection; its input is `hook_z`."""
     attn_out: str
@@ -26,6 +35,7 @@ class Family:
 
 LLAMA = Family(
     layers="model.layers",
+    final_norm="model.norm",
     z="self_attn.o_proj",
     attn_out="self_attn",
     mid="post_attention_layernorm",
@@ -33,6 +43,8 @@ LLAMA = Family(
 )
 GEMMA = Family(
     layers="model.layers",
+    final_norm="model.norm",
+    norm_offset=1.0,
     z="self_attn.o_proj",
     attn_out="post_attention_layernorm",
     mid="pre_feedforward_layernorm",
@@ -40,16 +52,28 @@ GEMMA = Family(
 )
 GPT_NEOX = Family(
     layers="gpt_neox.layers",
+    final_norm="gpt_neox.final_layer_norm",
+    norm_centres=True,
     z="attention.dense",
     attn_out="post_attention_dropout",
     mid="post_attention_layernorm",
     mlp_out="post_mlp_dropout",
 )
-GPT2 = Family(layers="transformer.h", z="attn.c_proj", attn_out="attn", mid="ln_2", mlp_out="mlp")
+GPT2 = Family(
+    layers="transformer.h",
+    final_norm="transformer.ln_f",
+    norm_centres=True,
+    z="attn.c_proj",
+    attn_out="attn",
+    mid="ln_2",
+    mlp_out="mlp",
+)
 
 FAMILIES = {
     "gemma2": GEMMA,
-    "gemma3": replace(GEMMA, layers="model.language_model.layers"),  # with vision
+    "gemma3": replace(  # with vision
+        GEMMA, layers="model.language_model.layers", final_norm="model.language_model.norm"
+    ),
     "gemma3_text": GEMMA,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,

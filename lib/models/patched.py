@@ -1,0 +1,145 @@
+"""What a model loses when an activation is rebuilt, as a loss to train the rebuilding with."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lib.data.corpus import Corpus
+from lib.models.sites import replace, site_dim
+
+Rebuild = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
+
+
+class PatchedKL:
+    """KL of the patched model's predictions from the clean model's, on a few rows a step.
+
+    A call runs the model twice: clean without a graph, then with `rebuild(x)` in the activation's
+    place and a graph from there on. Gradients reach what `rebuild` depends on and nothing else.
+    The rows are a function of the seed and the step alone, so a resumed run sees the same ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        corpus: Corpus,
+        hook_name: str,
+        *,
+        batch_rows: int = 8,
+        seed: int = 0,
+        skip_special: bool = True,
+    ) -> None:
+        """
+        Args:
+            hook_name: a site of `model`; at `hook_z` the heads are flattened.
+            batch_rows: rows of the corpus a step, or all there are; two sets of logits are held.
+            skip_special: leave the activations of special tokens as they are, as harvesting does;
+                what special tokens cost to predict is counted all the same.
+
+        Raises:
+            ValueError: `batch_rows` below 1, a negative seed, an unknown site, a model in training
+                mode, or a corpus without a token to predict or to patch.
+        """
+        if batch_rows < 1:
+            raise ValueError(f"need batch_rows >= 1, got {batch_rows}")
+        if seed < 0:
+            raise ValueError(f"need seed >= 0, got {seed}")
+        self.width = site_dim(model, hook_name)
+        """Of the activations that `rebuild` gets."""
+        _require_eval(model)
+        self._patched = corpus.mask & ~corpus.special if skip_special else corpus.mask
+        self._usable = (corpus.mask[:, 1:] & corpus.mask[:, :-1]).any(1).nonzero()[:, 0]
+        if not len(self._usable):
+            raise ValueError("need a corpus with a token to predict, got none")
+        if not self._patched[self._usable].any():
+            raise ValueError("need a corpus with a token to patch, got special tokens only")
+        self._model, self._corpus, self._hook_name = model, corpus, hook_name
+        self._batch_rows, self._seed = batch_rows, seed
+
+    def rows(self, step: int) -> Int[Tensor, " n_rows"]:
+        """The rows of the corpus at `step`, each once; only rows with a token to predict.
+
+        Raises:
+            ValueError: a negative step.
+        """
+        if step < 0:
+            raise ValueError(f"need step >= 0, got {step}")
+        n = min(self._batch_rows, len(self._usable))
+        drawn = np.random.default_rng([self._seed, step]).choice(len(self._usable), n, False)
+        return self._usable[torch.from_numpy(drawn)]
+
+    def __call__(self, rebuild: Rebuild, step: int) -> Float[Tensor, ""]:
+        """Nats per predicted token, Σ p_clean log(p_clean / p), over the rows of `step`.
+
+        Args:
+            rebuild: gets the patched tokens' activations, float32 and detached.
+
+        Raises:
+            ValueError: a negative step, a model in training mode, or `rebuild` changed the shape.
+        """
+        _require_eval(self._model)
+        rows = self.rows(step)
+        mask = self._corpus.mask[rows]
+        width = int(mask.any(0).sum())
+        ids, mask = self._corpus.ids[rows, :width].long(), mask[:, :width]
+        edit = self._editor(rebuild, self._patched[rows, :width])
+        with torch.no_grad():
+            clean = self._logits(ids, mask)
+        with _frozen(self._model), replace(self._model, self._hook_name, edit):
+            patched = self._logits(ids, mask)
+        return _kl(clean, patched)
+
+    def _logits(
+        self, ids: Int[Tensor, "rows seq"], mask: Bool[Tensor, "rows seq"]
+    ) -> Float[Tensor, "n vocab"]:
+        """At the tokens whose next one is real."""
+        device = self._model.device
+        out = self._model(
+            input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False
+        )
+        predicted = mask[:, 1:] & mask[:, :-1]
+        return out.logits[:, :-1][predicted.to(out.logits.device)]
+
+    def _editor(
+        self, rebuild: Rebuild, patched: Bool[Tensor, "rows seq"]
+    ) -> Callable[[Tensor], Tensor]:
+        def edit(x: Tensor) -> Tensor:
+            y, tokens = x.detach().clone(), patched.to(x.device)
+            chosen = y[tokens]
+            given = chosen.flatten(1).float()
+            x_hat = rebuild(given)
+            if x_hat.shape != given.shape:
+                raise ValueError(
+                    f"need a rebuilt activation {tuple(given.shape)} at {self._hook_name}, "
+                    f"got {tuple(x_hat.shape)}"
+                )
+            y[tokens] = x_hat.to(chosen).view_as(chosen)
+            return y
+
+        return edit
+
+
+def _kl(clean: Float[Tensor, "n vocab"], patched: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
+    log_p, log_q = clean.float().log_softmax(-1), patched.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def _require_eval(model: nn.Module) -> None:
+    if model.training:
+        raise ValueError("need a model in eval mode; call model.eval()")
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of `model` enters a graph that is built in here."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
