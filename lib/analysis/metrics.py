@@ -1,9 +1,11 @@
 """How well a dictionary reconstructs activations, and what the model loses by its errors."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -180,6 +182,106 @@ def patched_losses(
         raise ValueError("need a corpus with a token to predict, got none")
     ce_clean, ce_patched, ce_zero, kl, kl_zero = (sums / n).tolist()
     return PatchedLosses(n, ce_clean, ce_patched, ce_zero, kl, kl_zero)
+
+
+Point = dict[str, str | float]
+"""A dictionary on the frontier: its name, and what it costs and gives."""
+
+
+@torch.no_grad()
+def frontier_points(
+    dictionaries: Mapping[str, Dictionary],
+    model: PreTrainedModel,
+    corpus: Corpus,
+    hook_name: str,
+    blocks: Iterable[Block],
+    *,
+    batch_rows: int = 16,
+) -> list[Point]:
+    """What each dictionary costs in latents and gives in variance and loss, on the same tokens.
+
+    Args:
+        dictionaries: by name; the first word of a name is the recipe.
+        corpus: what `model` reads under the patch.
+        blocks: activations at `hook_name`, gone through once for all dictionaries.
+        batch_rows: see `patched_losses`.
+
+    Returns:
+        One row each, in the order given: `name`, `recipe`, `l0`, `r2`, `fvu`, `dead`,
+        `ce_patched`, `kl`, `loss_recovered`.
+
+    Raises:
+        ValueError: no dictionaries, or what `reconstruction` and `patched_losses` refuse.
+    """
+    if not dictionaries:
+        raise ValueError("need at least one dictionary, got none")
+    for dictionary in dictionaries.values():
+        _check_patch(model, dictionary, hook_name)
+    sums = {name: ReconstructionSums(d.d_sae) for name, d in dictionaries.items()}
+    for block in blocks:
+        for name, dictionary in dictionaries.items():
+            acts = dictionary.encode_sparse(block.acts)
+            sums[name].update(block.acts, dictionary.decode_sparse(acts), acts)
+    points: list[Point] = []
+    for name, dictionary in dictionaries.items():
+        quality = sums[name].result()
+        losses = patched_losses(model, dictionary, corpus, hook_name, batch_rows=batch_rows)
+        own = {key: getattr(quality, key) for key in ("l0", "r2", "fvu", "dead")}
+        own |= {key: getattr(losses, key) for key in ("ce_patched", "kl", "loss_recovered")}
+        points.append({"name": name, "recipe": name.split(" ")[0], **own})
+    return points
+
+
+def pareto(
+    points: Sequence[Mapping[str, object]], x: str = "l0", y: str = "loss_recovered"
+) -> list[str]:
+    """Names of the points that no other one beats, by rising `x`.
+
+    One beats another with an `x` no higher and a `y` no lower, unless both are the same. A point
+    with NaN is left out.
+    """
+    known = [p for p in points if not (math.isnan(p[x]) or math.isnan(p[y]))]
+
+    def beaten(p: Mapping) -> bool:
+        return any(q[x] <= p[x] and q[y] >= p[y] and (q[x], q[y]) != (p[x], p[y]) for q in known)
+
+    return [p["name"] for p in sorted(known, key=lambda p: p[x]) if not beaten(p)]
+
+
+def interpolated(
+    points: Sequence[Mapping[str, object]], at: float, x: str = "r2", y: str = "l0"
+) -> float:
+    """The `y` that a swept recipe would have at `x = at`: log(y) is linear between neighbours.
+
+    Outside the range of the sweep NaN, as nothing was measured there. Of points of equal `x` the
+    lowest `y` counts.
+
+    Raises:
+        ValueError: no points, or a `y` that is not above 0, which has no logarithm.
+    """
+    if not points:
+        raise ValueError("need at least one point to interpolate, got none")
+    lowest = {p[x]: p[y] for p in sorted(points, key=lambda p: -p[y])}
+    if not all(value > 0 for value in lowest.values()):
+        raise ValueError(f"need {y} above 0 at every point, got {min(lowest.values())}")
+    xs = sorted(lowest)
+    logs = [math.log(lowest[place]) for place in xs]
+    return float(np.exp(np.interp(at, xs, logs, left=math.nan, right=math.nan)))
+
+
+def drift_fidelity(
+    W_dec_rows: Float[Tensor, "V d"], anchors: Float[Tensor, "n_anchors d"]
+) -> Float[Tensor, " V"]:
+    """Cosine of each anchored decoder row with the token direction that it started at.
+
+    1 is no drift; a row or an anchor of zeros has 0.
+
+    Raises:
+        ValueError: another number of rows than of anchors.
+    """
+    if len(W_dec_rows) != len(anchors):
+        raise ValueError(f"need a row for each of {len(anchors)} anchors, got {len(W_dec_rows)}")
+    return torch.cosine_similarity(W_dec_rows, anchors, dim=1)
 
 
 class _Rows(NamedTuple):

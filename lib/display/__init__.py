@@ -10,13 +10,23 @@ from lib.display.plots import (
     training_curves,
 )
 from lib.display.tokens import concept_text, latent_text
+from lib.display.training import (
+    ablation_bars,
+    constraint_curves,
+    l0_against_r2,
+    l0_r2_curves,
+)
 
 __all__ = [
+    "ablation_bars",
     "concept_heatmap",
     "concept_scores",
     "concept_text",
+    "constraint_curves",
     "frequencies",
     "frontier",
+    "l0_against_r2",
+    "l0_r2_curves",
     "latent_text",
     "losses_by_split",
     "losses_by_token",

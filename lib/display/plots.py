@@ -12,7 +12,7 @@ RECIPE_COLOURS = {
     "standard": "#7f7f7f", "standard_resample": "#a5a5a5", "ghost": "#c7c7c7",
     "p_anneal": "#bcbd22", "entropy": "#17becf", "gated": "#e377c2", "gated_anneal": "#9467bd",
     "jumprelu": "#d62728", "jumprelu_target": "#ff9896", "topk": "#1f77b4", "batchtopk": "#2ca02c",
-    "matryoshka": "#ff7f0e",
+    "matryoshka": "#ff7f0e", "spalf": "#000000",
 }  # fmt: skip
 """A recipe keeps its colour in every notebook."""
 
