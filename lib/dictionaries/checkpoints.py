@@ -38,14 +38,14 @@ def save_checkpoint(
     """Write `checkpoint-<step>` and then remove older ones."""
     with atomic_folder(folder / f"checkpoint-{step}") as new:
         for i, trainee in enumerate(trainees.values()):
-            save_file(_plain(trainee.state()), new / f"{i}.safetensors")
+            save_file(plain(trainee.state()), new / f"{i}.safetensors")
         if isinstance(stream, Resumable):
-            save_file(_plain(stream.state_dict()), new / "stream.safetensors")
+            save_file(plain(stream.state_dict()), new / "stream.safetensors")
         state = {"step": step, "config": config, "names": list(trainees), "history": history}
         (new / "state.json").write_text(json.dumps(state))
-    for other, path in _checkpoints(folder):
+    for other, path in checkpoints_in(folder):
         if other != step:
-            _remove(path)
+            remove(path)
 
 
 def load_checkpoint(
@@ -61,12 +61,12 @@ def load_checkpoint(
     Raises:
         ValueError: it is of another config; the message lists what differs.
     """
-    found = _checkpoints(folder)
+    found = checkpoints_in(folder)
     if not found:
         return None
     newest = max(found)[1]
     state = json.loads((newest / "state.json").read_text())
-    differing = list(_differences(state["config"], json.loads(json.dumps(config))))
+    differing = list(differences(state["config"], json.loads(json.dumps(config))))
     if differing:
         raise ValueError(
             f"cannot resume {newest}: it was made with another config ({'; '.join(differing)}); "
@@ -88,8 +88,8 @@ def load_checkpoint(
 
 
 def clear_checkpoints(folder: Path) -> None:
-    for _, path in _checkpoints(folder):
-        _remove(path)
+    for _, path in checkpoints_in(folder):
+        remove(path)
 
 
 def sweep(folder: Path, names: Iterable[str]) -> None:
@@ -99,28 +99,28 @@ def sweep(folder: Path, names: Iterable[str]) -> None:
             shutil.rmtree(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Absent at once: a kill while its files go leaves only a temporary name."""
     gone = path.with_name(f".{path.name}.gone")
     path.replace(gone)
     shutil.rmtree(gone)
 
 
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
     if not folder.is_dir():
         return []
     named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir())
     return [(int(match[1]), path) for match, path in named if match]
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.as_tensor(t).detach().cpu().contiguous() for name, t in tensors.items()}
 
 
-def _differences(then: Any, now: Any, where: str = ""):
+def differences(then: Any, now: Any, where: str = ""):
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted({*then, *now}):
             inner = f"{where}.{key}" if where else key
-            yield from _differences(then.get(key), now.get(key), inner)
+            yield from differences(then.get(key), now.get(key), inner)
     elif then != now:
         yield f"{where}: then {then!r}, now {now!r}"

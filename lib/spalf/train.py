@@ -1,0 +1,243 @@
+"""SPALF from a stream of activations: calibrate, phase 1, phase 2, checkpoints.
+
+Sparse autoencoders by constrained optimisation: minimise E‖z‖₀ subject to faithfulness, drift,
+orthogonality and, in phase 2, the KL of the patched model, by an augmented Lagrangian.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lib.dictionaries.checkpoints import clear_checkpoints, sweep
+from lib.dictionaries.dictionary import Dictionary
+from lib.runtime import atomic_file, require_writable
+from lib.spalf.checkpoints import load_checkpoint, newest_metadata, save_checkpoint
+from lib.spalf.config import SpalfConfig
+from lib.spalf.stratified import Anchors
+from lib.spalf.trainer import PatchedKL, Trainer
+
+BAND = 0.01  # of r2 round its target
+
+
+@dataclass
+class SpalfFit:
+    """A dictionary that SPALF trained."""
+
+    dictionary: Dictionary
+    """On raw activations, in eval mode. Its first `len(anchor_ids)` latents are the anchored."""
+    history: list[dict]
+    """Every `SpalfConfig.log_every` steps: `step`, `tokens`, `lr`, `phase`, `l0`, `r2`, `kl` (NaN
+    in phase 1) and `dead` of the last step, and by constraint `violations`, `multipliers`,
+    `penalties`."""
+    phase_2_at: int | None
+    """The first step of phase 2; None if it was never entered."""
+    reached: bool
+    """Whether r2, averaged over the last hundred steps or so, met its target to within 0.01."""
+    anchor_ids: list[int]
+    """Token of each anchored latent."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SpalfFit":
+        """What `train_spalf` left in `folder`.
+
+        Raises:
+            FileNotFoundError: no checkpoint there, or the dictionary is missing: not finished.
+            ValueError: a file is damaged.
+        """
+        about = newest_metadata(Path(folder))
+        dictionary = Dictionary.load(Path(folder) / "dictionary")
+        names = ("history", "phase_2_at", "reached", "anchor_ids")
+        return cls(dictionary, *(about[name] for name in names))
+
+
+def train_spalf(
+    config: SpalfConfig,
+    stream: Iterable[Tensor],
+    *,
+    d_in: int,
+    anchors: Anchors | None = None,
+    patched_kl: PatchedKL | None = None,
+    hook_name: str = "",
+    model_name: str = "",
+    folder: str | Path | None = None,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    on_log: Callable[[list[dict], int | None], None] | None = None,
+) -> SpalfFit:
+    """Find the sparsest dictionary that explains `r2_target` of the variance.
+
+    Batches are read first to calibrate (covariance, thresholds, bounds), then one a step. Phase 1
+    ends when all violations have settled, which must be before the learning rate falls; phase 2
+    then holds the KL of the patched model below nine tenths of its value at entry.
+
+    Args:
+        stream: batches `[n d_in]` of raw activations; `n_steps` after those of the calibration.
+        anchors: token directions that the first latents write (`lib.models.unembed`); they pay
+            near the output.
+        patched_kl: `lib.models.patched.PatchedKL`; without it there is no phase 2.
+        folder: for checkpoints, and at the end `dictionary`, in sae-lens's layout.
+        resume: go on from the newest checkpoint in `folder`, bit for bit on a CPU, if there is
+            one; otherwise checkpoints there are removed.
+        on_log: called every `log_every` steps with the history and `phase_2_at`, to draw them.
+
+    Warns:
+        UserWarning: the target was not met to within 0.01; the message says what was.
+
+    Raises:
+        ValueError: `d_sae` not above the number of anchors, anchors of another width, a stream that
+            ends or does not vary while calibrating or training, a batch of another width, a resume
+            with another config.
+        FloatingPointError: activations, the loss or its gradient are not finite; given a folder,
+            the batch is saved there. The last checkpoint stays.
+        OSError: the folder cannot be written.
+    """
+    target = _writable(config, folder, resume)
+    device = torch.device(device)
+    names = {"hook_names": (hook_name,) if hook_name else (), "model_name": model_name}
+    trainer = Trainer(config, d_in, anchors, patched_kl, device, **names)
+    identity = _identity(config, anchors, trainer.kl is not None)
+    batches = iter(stream)
+    about = load_checkpoint(target, trainer, batches, identity) if target and resume else None
+    if target:
+        sweep(target, ["dictionary"])
+        if not resume:
+            clear_checkpoints(target)
+    if about is None:
+        drawn = trainer.calibrate(_checked(batches, d_in, "calibration", target), device)
+        about = {"step": 0, "drawn": drawn, "history": []}
+    history = about["history"]
+    steps = tqdm(range(about["step"], config.n_steps), desc="spalf", disable=not progress)
+    feed = _checked(batches, d_in, "training", target)
+    for step in steps:
+        x = next(feed, None)
+        if x is None:
+            raise ValueError(f"the stream ended at step {step}; need a batch for every step")
+        x = x.to(device, torch.float32)
+        try:
+            seen = trainer.step(step, x)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}{_kept(target, x)}") from None
+        if (step + 1) % config.log_every == 0 or step + 1 == config.n_steps:
+            history.append(_entry(trainer, step, len(x), seen))
+            steps.set_postfix_str(_postfix(history[-1]), refresh=False)
+            if on_log:
+                on_log(history, trainer.phase_2_at)
+        due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
+        if target and (due or step + 1 == config.n_steps):
+            about = {
+                "step": step + 1,
+                "drawn": about["drawn"],
+                "history": history,
+                "phase_2_at": trainer.phase_2_at,
+                "reached": _reached(trainer),
+                "anchor_ids": [] if anchors is None else anchors.ids.tolist(),
+                "identity": identity,
+            }
+            save_checkpoint(target, trainer, batches, about)
+
+    fit = SpalfFit(
+        trainer.finished(),
+        history,
+        trainer.phase_2_at,
+        _reached(trainer),
+        [] if anchors is None else anchors.ids.tolist(),
+    )
+    if target:
+        fit.dictionary.save(target / "dictionary")
+    if not fit.reached:
+        _warn(config, trainer)
+    return fit
+
+
+def _writable(config: SpalfConfig, folder: str | Path | None, resume: bool) -> Path | None:
+    if folder is None:
+        if resume or config.checkpoint_every:
+            raise ValueError("resume and checkpoint_every need a folder, got none")
+        return None
+    return require_writable(Path(folder))
+
+
+def _checked(batches: Iterable[Tensor], d_in: int, stage: str, folder: Path | None):
+    """The batches, each of the right width and finite."""
+    for i, batch in enumerate(batches):
+        if batch.ndim != 2 or batch.shape[1] != d_in or not len(batch):
+            raise ValueError(
+                f"need batches [n {d_in}], n >= 1, got {tuple(batch.shape)} at batch {i} of {stage}"
+            )
+        if not batch.isfinite().all():
+            bad = int((~batch.isfinite()).any(1).sum())
+            raise FloatingPointError(
+                f"{bad} of {len(batch)} activations at batch {i} of {stage} are NaN or infinite"
+                f"{_kept(folder, batch)}"
+            )
+        yield batch
+
+
+def _identity(config: SpalfConfig, anchors: Anchors | None, kl: bool) -> dict:
+    """All that the weights depend on besides the stream, which checks itself."""
+    described = asdict(config)
+    del described["checkpoint_every"]
+    ids = [] if anchors is None else anchors.ids.tolist()
+    return {"config": described, "anchor_ids": ids, "patched_kl": kl}
+
+
+def _smoothed_r2(trainer: Trainer) -> float:
+    """From the slow average of log(1 + g), which is log(mse / bound)."""
+    slow = trainer.control.slow[0].exp().item()
+    return 1 - slow * (1 - trainer.config.r2_target)
+
+
+def _reached(trainer: Trainer) -> bool:
+    return abs(_smoothed_r2(trainer) - trainer.config.r2_target) <= BAND
+
+
+def _warn(config: SpalfConfig, trainer: Trainer) -> None:
+    r2 = _smoothed_r2(trainer)
+    short = r2 < config.r2_target
+    cure = "more steps, more latents or a lower target" if short else "more steps or a lower lr"
+    warnings.warn(
+        f"r2_target {config.r2_target} was not {'reached' if short else 'held'}: training ended at "
+        f"r2 {r2:.3f}; it needs {cure}",
+        stacklevel=3,
+    )
+
+
+def _entry(trainer: Trainer, step: int, n: int, seen: dict[str, float]) -> dict:
+    control, config = trainer.control, trainer.config
+    kl = trainer.latest.get("kl")
+    return {
+        "step": step + 1,
+        "tokens": (step + 1) * n,
+        "lr": config.lr * config.lr_factor(step),
+        "phase": 1 if trainer.phase_2_at is None else 2,
+        **seen,
+        "kl": float("nan") if kl is None else (1 + kl) * trainer.numbers["kl_bound"],
+        "dead": (trainer.since_fired > trainer.dead_after(n)).float().mean().item(),
+        "violations": {name: trainer.latest[name] for name in control.names},
+        "multipliers": dict(zip(control.names, control.multipliers.tolist(), strict=True)),
+        "penalties": dict(zip(control.names, control.penalties.tolist(), strict=True)),
+    }
+
+
+def _postfix(entry: dict) -> str:
+    """The bar: constraints by their first letter."""
+    each = (
+        f"{name[0]} {g:+.2f} λ {entry['multipliers'][name]:.1f} ρ {entry['penalties'][name]:.1f}"
+        for name, g in entry["violations"].items()
+    )
+    return f"l0 {entry['l0']:.1f} r2 {entry['r2']:.3f} | " + " | ".join(each)
+
+
+def _kept(folder: Path | None, batch: Tensor) -> str:
+    if folder is None:
+        return ""
+    with atomic_file(folder / "bad_batch.safetensors") as temporary:
+        save_file({"batch": batch.cpu().contiguous()}, temporary)
+    return f"; the batch is in {folder / 'bad_batch.safetensors'}"

@@ -1,0 +1,270 @@
+"""Soft whitening: activations decorrelated and brought to a common scale, and back."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lib.activations.stats import Moments
+from lib.runtime import atomic_file
+
+KIND = "whitener 1"
+TRACE_KEPT = 0.99
+ALPHA_SHARE = 0.01
+ROUNDING = 1e-7  # relative standard deviation that float32 makes of a constant
+
+
+@dataclass(frozen=True, eq=False)
+class Whitener:
+    """`x̃ = U (Λ + αI)^(-1/2) Uᵀ (x - mean)`, where `Σ = U Λ Uᵀ` is the covariance.
+
+    The covariance of x̃ is Σ(Σ + αI)⁻¹: near 1 in directions of variance well above α, near 0 well
+    below. α is a hundredth of the k-th largest eigenvalue, k the smallest rank that holds 99 % of
+    the trace, so that directions of next to no variance are not blown up into noise.
+
+    At low rank `vectors` are the k largest only, and all that they leave out counts as isotropic:
+    `(Σ + αI)^p = V (Λ + α)^p Vᵀ + (rest + α)^p (I - V Vᵀ)`, at O(n d_in k) for n tokens.
+
+    Half-precision input comes out in float32.
+
+    Source: ZCA, Bell and Sejnowski 1997, The independent components of natural scenes are edge
+    filters; α softens it.
+
+    Raises:
+        ValueError: tensors that do not fit together, NaN or infinity, a negative eigenvalue or
+            `rest`, an `alpha` that is not positive.
+    """
+
+    mean: Float[Tensor, " d_in"]
+    vectors: Float[Tensor, "d_in k"]
+    """Orthonormal eigenvectors of the covariance, as columns; k = d_in unless low rank."""
+    values: Float[Tensor, " k"]
+    """Their eigenvalues, descending, none negative."""
+    rest: float
+    """Mean eigenvalue of what `vectors` leave out; 0.0 at full rank."""
+    alpha: float
+    """Added to each eigenvalue, in units of variance."""
+    n_tokens: int
+    """Tokens that mean and covariance come from."""
+
+    def __post_init__(self) -> None:
+        d_in, k = len(self.mean), len(self.values)
+        if self.vectors.shape != (d_in, k) or k > d_in:
+            raise ValueError(
+                f"need vectors [{d_in}, {k}] and k <= d_in, got {list(self.vectors.shape)}"
+            )
+        for name in ("mean", "vectors", "values"):
+            if not getattr(self, name).isfinite().all():
+                raise ValueError(f"need finite {name}, got NaN or infinity")
+        if (self.values < 0).any():
+            raise ValueError(f"need values >= 0, got {float(self.values.min())}")
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"need a finite alpha > 0, got {self.alpha}")
+        if not 0 <= self.rest < float("inf"):
+            raise ValueError(f"need a finite rest >= 0, got {self.rest}")
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, moments: Moments, *, full_up_to: int = 4096) -> "Whitener":
+        """Eigenpairs in float64, kept in float32 on the device of `moments`.
+
+        Args:
+            full_up_to: a wider `d_in` gets the low-rank form.
+
+        Raises:
+            ValueError: fewer than two tokens, or the same activations at every token.
+        """
+        require_varying(moments)
+        values, vectors = torch.linalg.eigh(moments.covariance)
+        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        sums, d_in = values.cumsum(0), len(values)
+        k = int((sums < TRACE_KEPT * sums[-1]).sum()) + 1
+        kept = d_in if d_in <= full_up_to else k
+        return cls(
+            mean=moments.mean.float(),
+            vectors=vectors[:, :kept].float().contiguous(),
+            values=values[:kept].float(),
+            rest=float(values[kept:].mean()) if kept < d_in else 0.0,
+            alpha=ALPHA_SHARE * float(values[k - 1]),
+            n_tokens=moments.count,
+        )
+
+    @classmethod
+    def centring(cls, moments: Moments) -> "Whitener":
+        """Whitens nothing: centres, and scales all directions alike, to mean variance 1."""
+        require_varying(moments)
+        d_in = len(moments.mean)
+        spread = moments.variance.mean().item()
+        eye = torch.eye(d_in, device=moments.mean.device)
+        values = torch.full((d_in,), spread, device=moments.mean.device)
+        return cls(moments.mean.float(), eye, values, 0.0, 1e-6 * spread, moments.count)
+
+    @property
+    def total_variance(self) -> float:
+        """The trace of the covariance."""
+        left_out = len(self.mean) - len(self.values)
+        return self.values.double().sum().item() + left_out * self.rest
+
+    def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        return self._scaled(x - self.mean, -0.5)
+
+    def inverse(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """The activations that were whitened to `x`."""
+        return self._scaled(x, 0.5) + self.mean
+
+    def metric(self, dx: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch"]:
+        """`dxᵀ (Σ + αI)⁻¹ dx`: the squared length, once whitened, of a *difference* of activations,
+        from which no mean is taken."""
+        return self._scaled(dx, -0.5).square().sum(-1)
+
+    def fold(self, rows: Float[Tensor, "m d_in"]) -> Float[Tensor, "m d_in"]:
+        """Encoder rows that read x̃, made to read `x - mean`: `rows (Σ + αI)^(-1/2)`."""
+        return self._scaled(rows, -0.5)
+
+    def unfold(self, rows: Float[Tensor, "m d_in"]) -> Float[Tensor, "m d_in"]:
+        """Encoder rows that read `x - mean`, made to read x̃: `rows (Σ + αI)^(1/2)`."""
+        return self._scaled(rows, 0.5)
+
+    def to(self, device: torch.device | str) -> "Whitener":
+        tensors = (x.to(device) for x in (self.mean, self.vectors, self.values))
+        return Whitener(*tensors, self.rest, self.alpha, self.n_tokens)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors, for safetensors."""
+        return {
+            "mean": self.mean.clone(),
+            "vectors": self.vectors.clone(memory_format=torch.contiguous_format),
+            "values": self.values.clone(),
+            "rest": torch.tensor(self.rest, dtype=torch.float64),
+            "alpha": torch.tensor(self.alpha, dtype=torch.float64),
+            "n_tokens": torch.tensor(self.n_tokens),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "Whitener":
+        """Raises KeyError if a tensor is missing, ValueError if they do not fit together."""
+        tensors = (state[name] for name in ("mean", "vectors", "values"))
+        numbers = (state[name].item() for name in ("rest", "alpha", "n_tokens"))
+        return cls(*tensors, *numbers)
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file, complete or absent."""
+        with atomic_file(path) as temporary:
+            save_file(self.state_dict(), temporary, {"kind": KIND})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Whitener":
+        """Raises ValueError for a file that is damaged or holds something else."""
+        try:
+            with safe_open(path, "pt") as file:
+                kind = (file.metadata() or {}).get("kind")
+                if kind != KIND:
+                    raise ValueError(f"need a file of kind {KIND!r}, got {kind!r}")
+                names = file.keys()
+                return cls.from_state({name: file.get_tensor(name) for name in names})
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is no complete whitener: {error}") from error
+
+    def _scaled(self, x: Float[Tensor, "*batch d_in"], power: float) -> Tensor:
+        """`x (Σ + αI)^power`, for a power of ±1/2."""
+        dtype = torch.promote_types(x.dtype, self.mean.dtype)
+        x = x.to(dtype)
+        if len(self.values) == len(self.mean):
+            return x @ (self._root if power > 0 else self._inverse_root).to(dtype)
+        vectors, values = self.vectors.to(dtype), self.values.to(dtype)
+        outside = (self.rest + self.alpha) ** power
+        inside = (values + self.alpha) ** power
+        return x * outside + (x @ vectors * (inside - outside)) @ vectors.T
+
+    @cached_property
+    def _root(self) -> Float[Tensor, "d_in d_in"]:
+        return self._matrix(0.5)
+
+    @cached_property
+    def _inverse_root(self) -> Float[Tensor, "d_in d_in"]:
+        return self._matrix(-0.5)
+
+    def _matrix(self, power: float) -> Float[Tensor, "d_in d_in"]:
+        """`(Σ + αI)^power` at full rank, computed in float64."""
+        vectors = self.vectors.double()
+        scale = (self.values.double() + self.alpha) ** power
+        return (vectors * scale @ vectors.T).to(self.mean)
+
+
+@torch.no_grad()
+def calibrate(
+    batches: Iterator[Float[Tensor, "n d_in"]],
+    *,
+    tolerance: float = 1e-3,
+    min_tokens: int | None = None,
+    max_tokens: int = 1_000_000,
+) -> Moments:
+    """Mean and covariance of as much of a stream as it takes for the covariance to settle.
+
+    Reads until a batch changes the covariance by less than `tolerance`, or `max_tokens` were seen;
+    no batch beyond that is drawn. The change is relative, in Frobenius norm. Of shuffled tokens it
+    falls as √batch / tokens, so larger batches take longer; one smaller than the largest so far
+    (the last of a file) is judged together with those after it. In memory the gate costs one
+    `[d_in d_in]` matrix beside those of `Moments`.
+
+    Args:
+        min_tokens: never stop before so many; None is twice `d_in`.
+
+    Raises:
+        ValueError: the stream ends before `min_tokens`, or before the covariance settled; the same
+            activations at every token; NaN or infinity; a batch of another width; `max_tokens`
+            below `min_tokens`.
+    """
+    _check_gate(tolerance, min_tokens, max_tokens)
+    moments = previous = None
+    change, needed = float("inf"), min_tokens or 2
+    largest = pending = 0
+    for x in batches:
+        if moments is None:
+            moments = Moments(x.shape[1], x.device)
+            needed = min_tokens or 2 * x.shape[1]
+            _check_gate(tolerance, needed, max_tokens)
+        moments.update(x)
+        largest, pending = max(largest, len(x)), pending + len(x)
+        if pending >= largest and moments.count >= 2:
+            pending = 0
+            covariance = moments.covariance
+            if previous is not None:
+                change = float(previous.sub_(covariance).norm() / covariance.norm())
+            previous = covariance
+        if moments.count >= needed:
+            require_varying(moments)
+            if change < tolerance or moments.count >= max_tokens:
+                return moments
+    n_tokens = 0 if moments is None else moments.count
+    if n_tokens < needed:
+        raise ValueError(f"too few tokens to calibrate: need at least {needed}, got {n_tokens}")
+    raise ValueError(
+        f"too few tokens to calibrate: after {n_tokens} the last batch changed the covariance by "
+        f"{change:.1e} of its norm; need below {tolerance:.1e}: more tokens or a larger tolerance"
+    )
+
+
+def require_varying(moments: Moments) -> None:
+    """Raises ValueError if all tokens have the same activations, up to float32's rounding."""
+    variance, size = moments.variance.sum(), moments.mean.square().sum()
+    if variance <= ROUNDING**2 * size:
+        raise ValueError(
+            f"need activations that vary, got the same at each of {moments.count} tokens"
+        )
+
+
+def _check_gate(tolerance: float, min_tokens: int | None, max_tokens: int) -> None:
+    if not tolerance > 0:
+        raise ValueError(f"need tolerance > 0, got {tolerance}")
+    if min_tokens is not None and min_tokens < 2:
+        raise ValueError(f"need min_tokens >= 2, got {min_tokens}")
+    needed = min_tokens or 2
+    if max_tokens < needed:
+        raise ValueError(f"need max_tokens >= min_tokens {needed}, got {max_tokens}")
