@@ -48,7 +48,7 @@ def rewriter(world) -> Rewriter:
 def forkserver():
     """Starts processes in milliseconds, to be killed: the server has imported torch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fit_worker", "tests.test_cache"])
+    context.set_forkserver_preload(["tests.fit_worker", "tests.spalf_worker", "tests.test_cache"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # the server does not look in pytest's path
         started = context.Process(target=int)

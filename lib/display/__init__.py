@@ -11,6 +11,7 @@ from lib.display.plots import (
 )
 from lib.display.tokens import concept_text, latent_text
 from lib.display.training import (
+    LiveFigure,
     ablation_bars,
     constraint_curves,
     l0_against_r2,
@@ -18,6 +19,7 @@ from lib.display.training import (
 )
 
 __all__ = [
+    "LiveFigure",
     "ablation_bars",
     "concept_heatmap",
     "concept_scores",

@@ -1,10 +1,12 @@
 """How a constrained training went, and what it gives beside the recipes that are swept."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+from IPython.display import display
 from plotly.subplots import make_subplots
 
 from lib.display.plots import _LAYOUT, RECIPE_COLOURS
@@ -19,7 +21,23 @@ BAND = 0.01
 
 _LINEAR = 0.02  # violations below this are drawn on a linear scale, larger on a logarithmic one
 _TICKS = (0.0, 0.1, 1.0, 10.0, 100.0, 1000.0)
+_LAMBDAS = (0, 1, 3, 10, 30, 100)  # ticks of multipliers, drawn as log(1 + λ)
 _PHASES = {"phase 1": "rgba(31, 119, 180, 0.06)", "phase 2": "rgba(255, 127, 14, 0.10)"}
+
+
+class LiveFigure:
+    """A figure in a notebook that later ones replace, where it stands.
+
+    Updates leave one output behind, the last, also when papermill runs the notebook.
+    """
+
+    def __init__(self) -> None:
+        self._handle = display({"text/plain": "…"}, raw=True, display_id=True)
+
+    def show(self, figure: go.Figure) -> None:
+        # the mime bundle: what plotly itself displays has no id to replace it by
+        bundle = {"application/vnd.plotly.v1+json": json.loads(figure.to_json())}
+        self._handle.update(bundle, raw=True)
 
 
 def constraint_curves(
@@ -27,8 +45,8 @@ def constraint_curves(
 ) -> go.Figure:
     """Violations, multipliers and penalties of every constraint, over steps.
 
-    Violations have a scale that is linear within ±0.02 and logarithmic beyond. A constraint is
-    drawn from the first entry that has it.
+    Violations have a scale that is linear within ±0.02 and logarithmic beyond, multipliers one of
+    log(1 + λ). A constraint is drawn from the first entry that has it.
 
     Args:
         history: for each entry `step`, and `violations`, `multipliers` and `penalties` by name.
@@ -41,13 +59,14 @@ def constraint_curves(
     heights = {"row_heights": [0.44, 0.28, 0.28], "vertical_spacing": 0.05}
     figure = make_subplots(rows=3, cols=1, shared_xaxes=True, **heights)
     names = dict.fromkeys(name for entry in history for name in entry["violations"])
-    for row, field in enumerate(("violations", "multipliers", "penalties"), start=1):
+    panels = {"violations": _squeeze, "multipliers": math.log1p, "penalties": float}
+    for row, (field, draw) in enumerate(panels.items(), start=1):
         for name in names:
             own = [entry for entry in history if name in entry[field]]
             values = [entry[field][name] for entry in own]
             figure.add_scatter(
                 x=[entry["step"] for entry in own],
-                y=[_squeeze(g) for g in values] if row == 1 else values,
+                y=[draw(value) for value in values],
                 customdata=values,
                 name=name,
                 legendgroup=name,
@@ -62,7 +81,8 @@ def constraint_curves(
     figure.update_layout(title=title, height=700, **_LAYOUT)
     figure.update_layout(legend_title="above 0: violated", margin_t=70)
     figure.update_yaxes(title="violation g", row=1, col=1, zeroline=False, **_symmetric(figure))
-    figure.update_yaxes(title="multiplier λ", rangemode="tozero", row=2, col=1)
+    ticks = {"tickvals": [math.log1p(t) for t in _LAMBDAS], "ticktext": [f"{t}" for t in _LAMBDAS]}
+    figure.update_yaxes(title="multiplier λ", rangemode="tozero", row=2, col=1, **ticks)
     figure.update_yaxes(title="penalty ρ (log)", type="log", dtick=1, row=3, col=1)
     figure.update_xaxes(title="step", row=3, col=1)
     return figure
@@ -181,8 +201,16 @@ def _require(entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _log_axis(values: Sequence[float]) -> dict[str, Any]:
-    """A few ticks of each power of ten that these values come near, written out."""
-    logs = [math.log10(value) for value in values if value > 0] or [0]
+    """A few ticks of each power of ten that these values come near, or, where they lie close
+    together, evenly spaced ones; written out."""
+    known = [value for value in values if value > 0] or [1.0]
+    low, high = min(known), max(known)
+    if low < high < 4 * low:
+        size = 10.0 ** math.floor(math.log10((high - low) / 3))
+        step = next(size * digit for digit in (1, 2, 5, 10) if (high - low) / (size * digit) <= 5)
+        ticks = [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+        return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:.3g}" for tick in ticks]}
+    logs = [math.log10(value) for value in known]
     powers = range(math.floor(min(logs)), math.ceil(max(logs)) + 1)
     digits = (1, 2, 5) if max(logs) - min(logs) > 1.5 else (1, 2, 3, 5, 7)
     ticks = [digit * 10.0**power for power in powers for digit in digits]

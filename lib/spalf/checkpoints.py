@@ -66,7 +66,7 @@ def load_checkpoint(folder: Path, trainer: Trainer, stream: Any, identity: dict)
         position = newest / "stream.safetensors"
         saved = load_file(position) if position.exists() else None
         whitener = Whitener.load(newest / "whitener.safetensors")
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"checkpoint {newest} is damaged: {error}") from error
     _restore(trainer, tensors, whitener)
     n_read = about["drawn"] + about["step"]

@@ -75,5 +75,5 @@ class SpalfConfig:
 
     @property
     def decay_starts(self) -> int:
-        """The first step whose learning rate is lowered."""
-        return math.ceil(0.8 * self.n_steps)
+        """The first step whose learning rate is lowered at the end."""
+        return int(0.8 * self.n_steps) + 1

@@ -188,6 +188,8 @@ class Control:
 
         Raises ValueError for another number of them, NaN, infinity, `g < -1`; nothing changes then.
         """
+        if not (start >= 0 and math.isfinite(start)):
+            raise ValueError(f"need a finite start >= 0, got {start}")
         if len(g) != len(self.names):
             raise ValueError(f"need violations of {list(self.names)}, got {len(g)}")
         g = g.detach().to("cpu", torch.float64)
@@ -218,7 +220,7 @@ class Control:
         met = held["unmet"] & (held["fast"] < 0)
         if met.any():
             held["unmet"] = held["unmet"] & ~met
-            held["multipliers"] = torch.where(met, start, held["multipliers"])
+            held["multipliers"] = torch.where(met, min(start, self.limit), held["multipliers"])
             held["previous"] = torch.where(met, held["fast"], held["previous"])
             started = self.law.start(held["multipliers"])
             for key, value in started.items():

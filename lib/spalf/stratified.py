@@ -126,7 +126,8 @@ class StratifiedDictionary(Dictionary):
             apply_b_dec_to_input=False,
             model_name=self.config.model_name,
         )
-        raw = Dictionary(config).to(self.W_dec.device)
+        with torch.random.fork_rng(devices=[]):  # its random rows are not kept
+            raw = Dictionary(config).to(self.W_dec.device)
         raw.encoder.copy_(whitener.fold(self.encoder) / scale)
         raw.b_enc.copy_(self.b_enc / scale - raw.encoder @ whitener.mean)
         raw.W_dec.copy_(self.W_dec)

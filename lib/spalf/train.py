@@ -5,7 +5,7 @@ orthogonality and, in phase 2, the KL of the patched model, by an augmented Lagr
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib.dictionaries.checkpoints import clear_checkpoints, sweep
+from lib.dictionaries.checkpoints import clear_checkpoints, remove, sweep
 from lib.dictionaries.dictionary import Dictionary
 from lib.runtime import atomic_file, require_writable
 from lib.spalf.checkpoints import load_checkpoint, newest_metadata, save_checkpoint
@@ -102,19 +102,21 @@ def train_spalf(
     device = torch.device(device)
     names = {"hook_names": (hook_name,) if hook_name else (), "model_name": model_name}
     trainer = Trainer(config, d_in, anchors, patched_kl, device, **names)
-    identity = _identity(config, anchors, trainer.kl is not None)
+    identity = _identity(config, d_in, anchors, trainer.kl is not None)
     batches = iter(stream)
     about = load_checkpoint(target, trainer, batches, identity) if target and resume else None
     if target:
         sweep(target, ["dictionary"])
         if not resume:
             clear_checkpoints(target)
+            if (target / "dictionary").exists():
+                remove(target / "dictionary")
     if about is None:
         drawn = trainer.calibrate(_checked(batches, d_in, "calibration", target), device)
         about = {"step": 0, "drawn": drawn, "history": []}
     history = about["history"]
     steps = tqdm(range(about["step"], config.n_steps), desc="spalf", disable=not progress)
-    feed = _checked(batches, d_in, "training", target)
+    feed = _checked(batches, d_in, "training", target, about["step"])
     for step in steps:
         x = next(feed, None)
         if x is None:
@@ -164,9 +166,11 @@ def _writable(config: SpalfConfig, folder: str | Path | None, resume: bool) -> P
     return require_writable(Path(folder))
 
 
-def _checked(batches: Iterable[Tensor], d_in: int, stage: str, folder: Path | None):
-    """The batches, each of the right width and finite."""
-    for i, batch in enumerate(batches):
+def _checked(
+    batches: Iterable[Tensor], d_in: int, stage: str, folder: Path | None, start: int = 0
+) -> Iterator[Tensor]:
+    """The batches, each of the right width and finite; `start` is the first one's number."""
+    for i, batch in enumerate(batches, start):
         if batch.ndim != 2 or batch.shape[1] != d_in or not len(batch):
             raise ValueError(
                 f"need batches [n {d_in}], n >= 1, got {tuple(batch.shape)} at batch {i} of {stage}"
@@ -180,12 +184,12 @@ def _checked(batches: Iterable[Tensor], d_in: int, stage: str, folder: Path | No
         yield batch
 
 
-def _identity(config: SpalfConfig, anchors: Anchors | None, kl: bool) -> dict:
+def _identity(config: SpalfConfig, d_in: int, anchors: Anchors | None, kl: bool) -> dict:
     """All that the weights depend on besides the stream, which checks itself."""
     described = asdict(config)
     del described["checkpoint_every"]
     ids = [] if anchors is None else anchors.ids.tolist()
-    return {"config": described, "anchor_ids": ids, "patched_kl": kl}
+    return {"config": described, "d_in": d_in, "anchor_ids": ids, "patched_kl": kl}
 
 
 def _smoothed_r2(trainer: Trainer) -> float:
@@ -216,7 +220,7 @@ def _entry(trainer: Trainer, step: int, n: int, seen: dict[str, float]) -> dict:
         "step": step + 1,
         "tokens": (step + 1) * n,
         "lr": config.lr * config.lr_factor(step),
-        "phase": 1 if trainer.phase_2_at is None else 2,
+        "phase": 1 if trainer.phase_2_at is None or step < trainer.phase_2_at else 2,
         **seen,
         "kl": float("nan") if kl is None else (1 + kl) * trainer.numbers["kl_bound"],
         "dead": (trainer.since_fired > trainer.dead_after(n)).float().mean().item(),

@@ -83,13 +83,8 @@ class Trainer:
         self.latest = dict.fromkeys(measured, 0.0)
         """Violations, each as last measured."""
         self.since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
-        self.numbers = {
-            "l0": 0.0,
-            "l0_before": 0.0,
-            "fall": 0.0,
-            "kl_bound": math.nan,
-            "phase_2_at": -1.0,
-        }
+        self.numbers = dict.fromkeys(("l0", "l0_before", "fall", "slid", "kl_bound"), 0.0)
+        self.numbers["phase_2_at"] = -1.0
 
     @property
     def phase_2_at(self) -> int | None:
@@ -269,7 +264,10 @@ class Trainer:
             return
         with torch.no_grad():
             found = [self.kl(self.rebuild, step + i) for i in range(KL_ENTRY)]
-        numbers["kl_bound"] = KL_SHARE * torch.stack(found).mean().item()
+        entry = torch.stack(found).mean().item()
+        if not entry > 0:  # of a perfect reconstruction; there is nothing to hold
+            return
+        numbers["kl_bound"] = KL_SHARE * entry
         numbers["phase_2_at"] = float(step + 1)
         self.control.add("kl")
         self.latest["kl"] = 1 / KL_SHARE - 1
