@@ -33,6 +33,9 @@ bench: .venv/installed-$(EXTRAS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_data
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_truth
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_recovery
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_spalf step
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_spalf frontier
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_jumprelu
 
 lint: .venv/installed-$(EXTRAS)
 	$(BIN)/ruff check .

@@ -112,8 +112,11 @@ def test_of_equal_points_the_sparsest_counts():
 
 
 def test_interpolation_of_other_fields():
-    points = [{"l0": 4.0, "kl": 0.4}, {"l0": 8.0, "kl": 0.1}]
-    assert interpolated(points, 6.0, x="l0", y="kl") == pytest.approx(0.2)
+    points = [{"l0": 4.0, "kl": 0.4, "loss_recovered": -0.2}, {"l0": 16.0, "kl": 0.1}]
+    points[1]["loss_recovered"] = 0.4
+    assert interpolated(points, 8.0, x="l0", y="kl") == pytest.approx(0.25)  # halfway in log(l0)
+    assert interpolated(points, 8.0, x="l0", y="loss_recovered") == pytest.approx(0.1)
+    assert math.isnan(interpolated(points, 20.0, x="l0", y="kl"))
 
 
 def test_interpolation_refuses():

@@ -535,6 +535,14 @@ def test_load_pads_with_eos_where_pad_is_missing(folders, tmp_path):
     assert load_model(tmp_path / "gpt2", device="cpu")[1].pad_token == "<eos>"
 
 
+def test_load_refuses_weights_that_are_not_there(built, tmp_path):
+    """A headless model loads with an unembedding that is made up."""
+    built["gpt_neox"].gpt_neox.save_pretrained(tmp_path)
+    word_tokenizer(pad_token="<pad>").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="need all weights in .*got none for (embed_out|lm_head)"):
+        load_model(tmp_path, device="cpu")
+
+
 def test_load_errors(folders, tmp_path):
     def refuse(error, match, name, **kwargs):
         with pytest.raises(error, match=match):

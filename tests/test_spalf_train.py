@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from lib.activations.buffer import Buffer
+from lib.activations.source import Block
 from lib.activations.stats import Moments
 from lib.spalf import SpalfConfig, SpalfFit
 from lib.spalf.checkpoints import load_checkpoint, save_checkpoint
-from lib.spalf.trainer import KL_SHARE, LAWS, Trainer
+from lib.spalf.trainer import KL_SHARE, LAWS, Trainer, _largest
 from lib.spalf.whitening import Whitener
 from tests.fit_worker import Planted
 from tests.spalf_worker import D_IN, N_STEPS, anchors, config, patched_kl, run, stream, train
@@ -168,7 +169,7 @@ def test_phase_2_holds_the_kl_below_a_share_of_its_value_at_entry(monkeypatch):
     ((at, entry, bound),) = entered
     assert 0 < at == fit.phase_2_at < quick(n_steps=n).decay_starts
     assert bound == pytest.approx(KL_SHARE * entry, rel=0.03)
-    assert all(math.isnan(e["kl"]) and "kl" not in e["violations"] for e in fit.history[: at - 1])
+    assert all(e["kl"] is None and "kl" not in e["violations"] for e in fit.history[: at - 1])
     assert [e["phase"] for e in fit.history] == [1] * at + [2] * (n - at)
     tables = ("violations", "multipliers", "penalties")
     assert all("kl" in e[table] for e in fit.history[at:] for table in tables)
@@ -619,6 +620,36 @@ def test_streams_that_end_too_soon():
         train(itertools.islice(stream(), drawn + 7), quick())
     with pytest.raises(ValueError, match="need activations that vary"):
         train(iter([torch.ones(64, D_IN)] * 9), quick())
+
+
+def test_a_source_that_repeats_too_few_tokens():
+    class Small(Planted):
+        n_blocks = 1
+
+        def block(self, i: int) -> Block:
+            whole = super().block(i)
+            return Block(*(x[:100] for x in (whole.acts, whole.ids, whole.rows, whole.positions)))
+
+    source = Buffer(Small(), batch_size=64, n_tokens=128)
+    with pytest.raises(ValueError, match="too few tokens to calibrate: need 128 different.*got"):
+        train(source, quick())
+
+
+def test_what_did_not_come_about_is_said():
+    def heavy(rebuild, step):
+        return 1 + 1e-3 * rebuild(torch.zeros(2, D_IN)).square().mean()  # cannot fall by a tenth
+
+    with pytest.warns(UserWarning, match="constraint 'kl' is violated at the end, by 1[01]%"):
+        train(settings=quick(n_steps=200), patched_kl=heavy)
+    with pytest.warns(UserWarning, match="phase 2 was never entered"):
+        train(settings=quick(n_steps=20))
+
+
+def test_orthogonality_looks_at_the_largest_of_a_token():
+    acts = torch.tensor([[0.0, 3.0, 1.0, 2.0], [0.0, 0.0, 0.0, 5.0]])
+    few = _largest(acts, 2)
+    assert few.dense().tolist() == [[0, 3, 0, 2], [0, 0, 0, 5]]
+    assert torch.equal(_largest(acts, 9).dense(), acts)
 
 
 def test_folders_that_are_not_there_or_cannot_be_written(tmp_path):

@@ -251,22 +251,25 @@ def pareto(
 def interpolated(
     points: Sequence[Mapping[str, object]], at: float, x: str = "r2", y: str = "l0"
 ) -> float:
-    """The `y` that a swept recipe would have at `x = at`: log(y) is linear between neighbours.
+    """The `y` that a swept recipe would have at `x = at`: linear between neighbours, in log(l0).
 
     Outside the range of the sweep NaN, as nothing was measured there. Of points of equal `x` the
     lowest `y` counts.
 
     Raises:
-        ValueError: no points, or a `y` that is not above 0, which has no logarithm.
+        ValueError: no points, or an l0 that is not above 0, which has no logarithm.
     """
     if not points:
         raise ValueError("need at least one point to interpolate, got none")
+    for key, values in ((x, [at, *(p[x] for p in points)]), (y, [p[y] for p in points])):
+        if key == "l0" and not min(values) > 0:
+            raise ValueError(f"need l0 above 0 at every point, got {min(values)}")
     lowest = {p[x]: p[y] for p in sorted(points, key=lambda p: -p[y])}
-    if not all(value > 0 for value in lowest.values()):
-        raise ValueError(f"need {y} above 0 at every point, got {min(lowest.values())}")
+    across, up = (math.log if key == "l0" else float for key in (x, y))
     xs = sorted(lowest)
-    logs = [math.log(lowest[place]) for place in xs]
-    return float(np.exp(np.interp(at, xs, logs, left=math.nan, right=math.nan)))
+    known = [across(place) for place in xs], [up(lowest[place]) for place in xs]
+    value = float(np.interp(across(at), *known, left=math.nan, right=math.nan))
+    return math.exp(value) if y == "l0" else value
 
 
 def drift_fidelity(

@@ -49,7 +49,8 @@ def load_model(
     Raises:
         FileNotFoundError: the folder, its config.json or its tokenizer is missing.
         OSError: neither a folder nor a hub id that can be loaded.
-        ValueError: an impossible dtype or device, or both `device` and `device_map`.
+        ValueError: an impossible dtype or device, both `device` and `device_map`, or weights that
+            are not in the files, such as a headless model's unembedding.
         ImportError, RuntimeError: 4-bit without bitsandbytes, or without a CUDA GPU.
     """
     if device_map is not None and device != "auto":
@@ -69,13 +70,17 @@ def load_model(
     tokenizer = AutoTokenizer.from_pretrained(source, config=config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         source,
         config=config,
         dtype=compute_dtype,
         device_map=placement,
         quantization_config=quantization,
+        output_loading_info=True,
     )
+    if report["missing_keys"]:  # a model without its unembedding, say: it would be made up
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"need all weights in {source}, got none for {', '.join(missing[:3])}")
     return model.eval(), tokenizer
 
 

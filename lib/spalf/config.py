@@ -64,7 +64,8 @@ class SpalfConfig:
         """Adam's step for weights of unit rows: `lr · sqrt(2²⁷ / (d_in · d_sae))`.
 
         A step of lr in every coordinate turns a unit row of width d by lr · sqrt(d), so the angle
-        stays; the square root of the number of latents is the rule of Gao et al. 2024.
+        stays; the square root of the number of latents is the rule of Gao et al. 2024. The batch
+        size does not enter: the schedule adapts instead, by waiting until the target is reached.
         """
         return self.lr * math.sqrt(LR_AREA / (d_in * self.d_sae))
 

@@ -60,7 +60,7 @@ def penalty(g: Float[Tensor, ""], y: float) -> Float[Tensor, ""]:
     With `y = λ / ρ` the term `ρ Ψ` pulls with `max(0, λ + 2ρg)`: a slack constraint of multiplier
     0 costs nothing, an active one is held at `g = 0` by λ.
 
-    Source: AL-CoLe, augmented Lagrangian for constrained learning.
+    Source: AL-CoLe, Boero et al. 2025, arXiv:2510.20995; the slope is that of Ψ as written there.
     """
     return ((2 * g + y).clamp(min=0).square() - y**2) / 4
 

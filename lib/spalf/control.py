@@ -33,7 +33,7 @@ class PI:
     of 50 moves as readily as one of 0.5. Sohrabi et al. 2024, arXiv:2406.04558, with Δλ additive.
     """
 
-    gain: float = 0.15
+    gain: float = 0.3
     """Pull of a standing violation, per update."""
     damping: float = 1.5
     """Pull of a moving one: with less a slow plant overshoots, with twice it a fast one swings."""
@@ -62,7 +62,7 @@ class ADRC:
     Source: Gao 2003, Scaling and bandwidth-parameterization based controller tuning.
     """
 
-    gain: float = 0.15
+    gain: float = 0.3
     """Pull of a standing violation, per update."""
     bandwidth: float = 0.8
     """ω: the share of each new estimate that enters the observer, per update."""

@@ -28,8 +28,9 @@ class Anchors:
         if len(self.ids) != len(self.rows):
             raise ValueError(f"need an id a row, got {len(self.ids)} and {len(self.rows)} rows")
         norms = self.rows.norm(dim=1)
-        if not (norms.isfinite() & (norms > 0)).all():
-            bad = self.ids[~(norms.isfinite() & (norms > 0))].tolist()
+        good = (norms.isfinite() & (norms > 0)).to(self.ids.device)
+        if not good.all():
+            bad = self.ids[~good].tolist()
             raise ValueError(f"need finite anchors that are not 0, got others for ids {bad[:5]}")
 
 
@@ -80,7 +81,8 @@ class StratifiedDictionary(Dictionary):
 
         The encoder row of decoder row d is its matched filter in whitened space, `d̃ / ‖d̃‖²`: a
         token that is `z` times d has the pre-activation z, and among all such filters this one
-        passes least of everything else. Each threshold is where its latent fires on `l0_target /
+        passes least of everything else. (The decoder itself, transposed, leaves a quarter of the
+        latents dead.) Each threshold is where its latent fires on `l0_target /
         d_sae` of the tokens.
         """
         whitener, x = whitener.to(x.device), x.to(self.W_dec)

@@ -1,9 +1,11 @@
 """SPALF from a stream of activations: calibrate, phase 1, phase 2, checkpoints.
 
-Sparse autoencoders by constrained optimisation: minimise E‖z‖₀ subject to faithfulness, drift,
-orthogonality and, in phase 2, the KL of the patched model, by an augmented Lagrangian.
+"Spectrally-preconditioned augmented Lagrangian on stratified feature manifolds" (2026): minimise
+E‖z‖₀ subject to faithfulness, drift, orthogonality and, in phase 2, the KL of the patched model, by
+an augmented Lagrangian.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,15 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lib.activations.buffer import Buffer
 from lib.dictionaries.checkpoints import clear_checkpoints, remove, sweep
 from lib.dictionaries.dictionary import Dictionary
 from lib.runtime import atomic_file, require_writable
 from lib.spalf.checkpoints import load_checkpoint, newest_metadata, save_checkpoint
 from lib.spalf.config import SpalfConfig
+from lib.spalf.control import TOLERANCE
 from lib.spalf.stratified import Anchors
-from lib.spalf.trainer import PatchedKL, Trainer
+from lib.spalf.trainer import KLMeasure, Trainer
 
 BAND = 0.01  # of r2 round its target
+DISTINCT = 8  # tokens a dimension at least that a repeating source must hold
 
 
 @dataclass
@@ -32,7 +37,7 @@ class SpalfFit:
     dictionary: Dictionary
     """On raw activations, in eval mode. Its first `len(anchor_ids)` latents are the anchored."""
     history: list[dict]
-    """Every `SpalfConfig.log_every` steps: `step`, `tokens`, `lr`, `phase`, `l0`, `r2`, `kl` (NaN
+    """Every `SpalfConfig.log_every` steps: `step`, `tokens`, `lr`, `phase`, `l0`, `r2`, `kl` (None
     in phase 1) and `dead` of the last step, and by constraint `violations`, `multipliers`,
     `penalties`."""
     phase_2_at: int | None
@@ -41,6 +46,7 @@ class SpalfFit:
     """Whether r2, averaged over the last hundred steps or so, met its target to within 0.01."""
     anchor_ids: list[int]
     """Token of each anchored latent."""
+    config: SpalfConfig
 
     @classmethod
     def load(cls, folder: str | Path) -> "SpalfFit":
@@ -53,7 +59,8 @@ class SpalfFit:
         about = newest_metadata(Path(folder))
         dictionary = Dictionary.load(Path(folder) / "dictionary")
         names = ("history", "phase_2_at", "reached", "anchor_ids")
-        return cls(dictionary, *(about[name] for name in names))
+        config = SpalfConfig(**about["identity"]["config"])
+        return cls(dictionary, *(about[name] for name in names), config)
 
 
 def train_spalf(
@@ -62,7 +69,7 @@ def train_spalf(
     *,
     d_in: int,
     anchors: Anchors | None = None,
-    patched_kl: PatchedKL | None = None,
+    patched_kl: KLMeasure | None = None,
     hook_name: str = "",
     model_name: str = "",
     folder: str | Path | None = None,
@@ -73,9 +80,11 @@ def train_spalf(
 ) -> SpalfFit:
     """Find the sparsest dictionary that explains `r2_target` of the variance.
 
-    Batches are read first to calibrate (covariance, thresholds, bounds), then one a step. Phase 1
-    ends when all violations have settled, which must be before the learning rate falls; phase 2
-    then holds the KL of the patched model below nine tenths of its value at entry.
+    Batches are read first to calibrate (covariance, thresholds, bounds), then one a step. In phase
+    1 the error falls until the target is reached, then l0 slides down along it, at 0.6 of the
+    learning rate. Once violations and l0 are still, between 0.7 and 0.8 of the run, phase 2 begins:
+    it holds the KL of the patched model below its value at entry. The learning rate
+    falls to 0 over the last fifth.
 
     Args:
         stream: batches `[n d_in]` of raw activations; `n_steps` after those of the calibration.
@@ -84,11 +93,12 @@ def train_spalf(
         patched_kl: `lib.models.patched.PatchedKL`; without it there is no phase 2.
         folder: for checkpoints, and at the end `dictionary`, in sae-lens's layout.
         resume: go on from the newest checkpoint in `folder`, bit for bit on a CPU, if there is
-            one; otherwise checkpoints there are removed.
+            one; otherwise checkpoints there are removed. `patched_kl` must measure the same.
         on_log: called every `log_every` steps with the history and `phase_2_at`, to draw them.
 
     Warns:
-        UserWarning: the target was not met to within 0.01; the message says what was.
+        UserWarning: the target was not met to within 0.01, phase 2 was never entered, or another
+            constraint is violated at the end; the message says which and by how much.
 
     Raises:
         ValueError: `d_sae` not above the number of anchors, anchors of another width, a stream that
@@ -113,6 +123,7 @@ def train_spalf(
                 remove(target / "dictionary")
     if about is None:
         drawn = trainer.calibrate(_checked(batches, d_in, "calibration", target), device)
+        _require_distinct(batches, d_in)
         about = {"step": 0, "drawn": drawn, "history": []}
     history = about["history"]
     steps = tqdm(range(about["step"], config.n_steps), desc="spalf", disable=not progress)
@@ -150,11 +161,12 @@ def train_spalf(
         trainer.phase_2_at,
         _reached(trainer),
         [] if anchors is None else anchors.ids.tolist(),
+        config,
     )
     if target:
         fit.dictionary.save(target / "dictionary")
-    if not fit.reached:
-        _warn(config, trainer)
+    for problem in _problems(trainer):
+        warnings.warn(problem, stacklevel=2)
     return fit
 
 
@@ -202,15 +214,31 @@ def _reached(trainer: Trainer) -> bool:
     return abs(_smoothed_r2(trainer) - trainer.config.r2_target) <= BAND
 
 
-def _warn(config: SpalfConfig, trainer: Trainer) -> None:
-    r2 = _smoothed_r2(trainer)
-    short = r2 < config.r2_target
-    cure = "more steps, more latents or a lower target" if short else "more steps or a lower lr"
-    warnings.warn(
-        f"r2_target {config.r2_target} was not {'reached' if short else 'held'}: training ended at "
-        f"r2 {r2:.3f}; it needs {cure}",
-        stacklevel=3,
-    )
+def _problems(trainer: Trainer) -> Iterator[str]:
+    """What a user should know about how the run ended."""
+    config, control = trainer.config, trainer.control
+    if not _reached(trainer):
+        r2 = _smoothed_r2(trainer)
+        short = r2 < config.r2_target
+        cure = "more steps, more latents or a lower target" if short else "more steps or a lower lr"
+        yield (
+            f"r2_target {config.r2_target} was not {'reached' if short else 'held'}: training "
+            f"ended at r2 {r2:.3f}; it needs {cure}"
+        )
+    if config.phase_2 and trainer.kl is not None and trainer.phase_2_at is None:
+        yield "phase 2 was never entered: violations or l0 were not still before the last fifth"
+    for name, v in zip(control.names[1:], control.slow[1:].tolist(), strict=True):
+        if v > TOLERANCE:
+            yield f"constraint {name!r} is violated at the end, by {math.expm1(v):.0%} of its bound"
+
+
+def _require_distinct(batches: Iterable[Tensor], d_in: int) -> None:
+    """A buffer starts its source again when it ends, so it never runs short of tokens itself."""
+    if not isinstance(batches, Buffer) or not batches.epoch:
+        return
+    n, needed = batches.n_served // batches.epoch, DISTINCT * d_in
+    if n < needed:
+        raise ValueError(f"too few tokens to calibrate: need {needed} different ones, got {n}")
 
 
 def _entry(trainer: Trainer, step: int, n: int, seen: dict[str, float]) -> dict:
@@ -222,7 +250,7 @@ def _entry(trainer: Trainer, step: int, n: int, seen: dict[str, float]) -> dict:
         "lr": config.lr * config.lr_factor(step),
         "phase": 1 if trainer.phase_2_at is None or step < trainer.phase_2_at else 2,
         **seen,
-        "kl": float("nan") if kl is None else (1 + kl) * trainer.numbers["kl_bound"],
+        "kl": None if kl is None else (1 + kl) * trainer.numbers["kl_bound"],
         "dead": (trainer.since_fired > trainer.dead_after(n)).float().mean().item(),
         "violations": {name: trainer.latest[name] for name in control.names},
         "multipliers": dict(zip(control.names, control.multipliers.tolist(), strict=True)),

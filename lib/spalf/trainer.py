@@ -21,19 +21,19 @@ from lib.spalf.stratified import Anchors, StratifiedDictionary
 from lib.spalf.whitening import Whitener, calibrate
 
 Rebuild = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
-PatchedKL = Callable[[Rebuild, int], Float[Tensor, ""]]
+KLMeasure = Callable[[Rebuild, int], Float[Tensor, ""]]
 
-LAWS = {"pi": PI(gain=0.3), "adrc": ADRC(), "ascent": Ascent()}
+LAWS = {"pi": PI(), "adrc": ADRC(), "ascent": Ascent()}
 BETAS = (0.9, 0.97)  # a short memory: the loss changes its scale as violations close
 THRESHOLD_STEP = 0.5  # of log thresholds, in steps of the weights; it never falls: l0 follows r2
-SLIDE_STEP = 0.4  # of weights once the target is reached: noise costs latents
+SLIDE_STEP = 0.6  # of weights once the target is reached: noise costs latents
 ANCHOR_STEP = 0.1  # of anchored rows, whose drift may be a tenth of their length
 ELASTICITY = 2.0  # of l0 in the error, about: the multiplier at the optimum, in l0 / l0_target
 SPARSE_TOKENS, SPARSE_EVERY = 100, 4  # what orthogonality looks at
 PHASE_1 = 0.7  # share of the run before which phase 2 never begins
 CALM, L0_STILL = 0.03, 0.05  # phase 2: share of the run to be calm for; fall of l0 over it
 KL_FILTER = 0.25  # weight of each new measurement of the KL in what its multiplier sees
-KL_EVERY, KL_ENTRY, KL_SHARE = 4, 32, 0.9  # batches of text between, at entry; bound, of entry's
+KL_EVERY, KL_ENTRY, KL_SHARE = 4, 32, 1.0  # batches of text between, at entry; bound, of entry's
 DEAD_SHARE = 0.04  # of the run's tokens without firing, after which a latent counts as dead
 REVIVE, REVIVE_ROWS = 0.3, 4  # weight of what the dead explain; one token in so many
 SAMPLE = 4096  # tokens at least that thresholds are calibrated on
@@ -47,7 +47,7 @@ class Trainer:
         config: SpalfConfig,
         d_in: int,
         anchors: Anchors | None,
-        kl: PatchedKL | None,
+        kl: KLMeasure | None,
         device: torch.device,
         **names,
     ) -> None:
@@ -160,7 +160,7 @@ class Trainer:
         acts, l0, gap = self._encode(x)
         error = (x - self.whitener.mean) * self.scale - d.decode(acts)
         violations = self._violations(step, error, acts)
-        loss = self._loss(step, x, acts, error, l0.mean(), gap, violations)
+        loss = self._loss(step, x, error, l0.mean(), gap, violations)
         if not loss.isfinite():
             raise FloatingPointError(f"loss is {loss.item()} at step {step}")
         loss.backward()
@@ -186,7 +186,7 @@ class Trainer:
         if d.n_anchored:
             found["drift"] = drift(d.W_dec[: d.n_anchored], d.anchors)
         if config.orthogonality and step % SPARSE_EVERY == 0:
-            few = SparseActs.of(acts[:SPARSE_TOKENS].detach())
+            few = _largest(acts[:SPARSE_TOKENS].detach(), math.ceil(4 * config.l0_target))
             found["orthogonality"] = orthogonality(few, d.W_dec, self.orthogonality_bound)
         if self.phase_2_at is not None and step % KL_EVERY == 0:
             found["kl"] = self.kl(self.rebuild, step) / self.numbers["kl_bound"] - 1
@@ -197,7 +197,7 @@ class Trainer:
         """Three times what random rows have."""
         return 3 / self.dictionary.d_in
 
-    def _loss(self, step, x, acts, error, l0, gap, violations) -> Float[Tensor, ""]:
+    def _loss(self, step, x, error, l0, gap, violations) -> Float[Tensor, ""]:
         config, control = self.config, self.control
         objective = l0 / config.l0_target
         if config.correction:
@@ -209,7 +209,8 @@ class Trainer:
         return loss + self._revival(x, error) if config.revive else loss
 
     def _revival(self, x: Float[Tensor, "n d"], error: Float[Tensor, "n d"]) -> Tensor:
-        """Share of the error that the best dead latents leave, on some of the tokens (AuxK)."""
+        """Share of the error that the best dead latents leave, on some of the tokens: AuxK of Gao
+        et al. 2024, arXiv:2406.04093."""
         d = self.dictionary
         dead = (self.since_fired > self.dead_after(len(x))).nonzero()[:, 0]
         if not len(dead):
@@ -275,3 +276,9 @@ class Trainer:
     def finished(self) -> Dictionary:
         """The dictionary on raw activations, in eval mode."""
         return self.dictionary.folded_out(self.whitener, self.scale)
+
+
+def _largest(acts: Float[Tensor, "n d_sae"], k: int) -> SparseActs:
+    """At most k of each token, so that a token where all fire costs no more than others."""
+    values, places = acts.topk(min(k, acts.shape[1]), dim=1, sorted=False)
+    return SparseActs.of(torch.zeros_like(acts).scatter(1, places, values))
