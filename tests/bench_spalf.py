@@ -67,7 +67,9 @@ class Bench:
     def config(self, **changes) -> SpalfConfig:
         args = self.args
         return SpalfConfig(
-            **{"n_steps": args.n_tokens // args.batch_size, "d_sae": args.d_sae} | changes
+            **{"n_steps": args.n_tokens // args.batch_size, "d_sae": args.d_sae}
+            | {"phase_2": not args.phase_1_only}
+            | changes
         )
 
     def spalf(self, n_anchored: int = 0, **changes) -> tuple[SpalfFit, float]:
@@ -234,6 +236,7 @@ if __name__ == "__main__":
     parser.add_argument("--n_corpus", type=int, default=800_000)
     parser.add_argument("--n_eval", type=int, default=100_000)
     parser.add_argument("--only_targets", action="store_true", help="not lr x 1/3 and x 3")
+    parser.add_argument("--phase_1_only", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     COMMANDS[args.what](Bench(args))

@@ -81,10 +81,10 @@ def train_spalf(
     """Find the sparsest dictionary that explains `r2_target` of the variance.
 
     Batches are read first to calibrate (covariance, thresholds, bounds), then one a step. In phase
-    1 the error falls until the target is reached, then l0 slides down along it, at 0.6 of the
-    learning rate. Once violations and l0 are still, between 0.7 and 0.8 of the run, phase 2 begins:
-    it holds the KL of the patched model below its value at entry. The learning rate
-    falls to 0 over the last fifth.
+    1 the error falls until the target is reached, then l0 slides down along it, in the second half
+    of the run at half the learning rate. Once violations and l0 are still, between 0.7 and 0.8 of
+    the run, phase 2 begins: it holds the KL of the patched model below nine tenths of its value at
+    entry. The learning rate falls to 0 over the last fifth.
 
     Args:
         stream: batches `[n d_in]` of raw activations; `n_steps` after those of the calibration.

@@ -26,14 +26,15 @@ KLMeasure = Callable[[Rebuild, int], Float[Tensor, ""]]
 LAWS = {"pi": PI(), "adrc": ADRC(), "ascent": Ascent()}
 BETAS = (0.9, 0.97)  # a short memory: the loss changes its scale as violations close
 THRESHOLD_STEP = 0.5  # of log thresholds, in steps of the weights; it never falls: l0 follows r2
-SLIDE_STEP = 0.6  # of weights once the target is reached: noise costs latents
+SLIDE_FROM = 0.5  # share of the run, if the target is reached then
+SLIDE_STEP = 0.5  # of weights from there on: noise costs latents
 ANCHOR_STEP = 0.1  # of anchored rows, whose drift may be a tenth of their length
 ELASTICITY = 2.0  # of l0 in the error, about: the multiplier at the optimum, in l0 / l0_target
 SPARSE_TOKENS, SPARSE_EVERY = 100, 4  # what orthogonality looks at
 PHASE_1 = 0.7  # share of the run before which phase 2 never begins
 CALM, L0_STILL = 0.03, 0.05  # phase 2: share of the run to be calm for; fall of l0 over it
 KL_FILTER = 0.25  # weight of each new measurement of the KL in what its multiplier sees
-KL_EVERY, KL_ENTRY, KL_SHARE = 4, 32, 1.0  # batches of text between, at entry; bound, of entry's
+KL_EVERY, KL_ENTRY, KL_SHARE = 4, 32, 0.9  # steps between, batches at entry; bound, of entry's
 DEAD_SHARE = 0.04  # of the run's tokens without firing, after which a latent counts as dead
 REVIVE, REVIVE_ROWS = 0.3, 4  # weight of what the dead explain; one token in so many
 SAMPLE = 4096  # tokens at least that thresholds are calibrated on
@@ -238,8 +239,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             falls = group["falls"] or step < config.decay_starts
             factor = config.lr_factor(step) if falls else 1.0
-            slide = SLIDE_STEP if group["falls"] and not self.control.unmet.any() else 1.0
-            group["lr"] = lr * group["unit"] * factor * slide
+            slides = step >= SLIDE_FROM * config.n_steps and not self.control.unmet.any()
+            lower = SLIDE_STEP if slides and group["falls"] else 1.0
+            group["lr"] = lr * group["unit"] * factor * lower
         before = d.W_dec[: d.n_anchored].detach().clone()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
