@@ -43,7 +43,7 @@ class SpalfFit:
     phase_2_at: int | None
     """The first step of phase 2; None if it was never entered."""
     reached: bool
-    """Whether r2, averaged over the last hundred steps or so, met its target to within 0.01."""
+    """Whether r2, averaged over the last ten steps or so, met its target to within 0.01."""
     anchor_ids: list[int]
     """Token of each anchored latent."""
     config: SpalfConfig
@@ -205,9 +205,9 @@ def _identity(config: SpalfConfig, d_in: int, anchors: Anchors | None, kl: bool)
 
 
 def _smoothed_r2(trainer: Trainer) -> float:
-    """From the slow average of log(1 + g), which is log(mse / bound)."""
-    slow = trainer.control.slow[0].exp().item()
-    return 1 - slow * (1 - trainer.config.r2_target)
+    """From the fast average of log(1 + g), which is log(mse / bound)."""
+    ratio = trainer.control.fast[0].exp().item()
+    return 1 - ratio * (1 - trainer.config.r2_target)
 
 
 def _reached(trainer: Trainer) -> bool:
