@@ -20,7 +20,7 @@ import torch
 from lib import paths
 from lib.activations.harvest import HarvestConfig, Harvester
 from lib.activations.source import Block
-from lib.analysis.metrics import frontier_points, interpolated
+from lib.analysis.frontier import frontier_points, interpolated
 from lib.analysis.truth import score_record
 from lib.data.corpus import frequent_tokens, load_split
 from lib.dictionaries import FitConfig, fit
@@ -29,20 +29,8 @@ from lib.latents import collect
 from lib.models import load_model
 from lib.models.patched import PatchedKL
 from lib.models.unembed import unembedding
-from lib.spalf import Anchors, SpalfConfig, SpalfFit, train_spalf
+from lib.spalf import ABLATIONS, Anchors, SpalfConfig, SpalfFit, train_spalf
 from tests.bench_truth import shuffled, spread
-
-PARTS = {
-    "whitening": {"whiten": False},
-    "orthogonality": {"orthogonality": False},
-    "correction": {"correction": True},
-    "CAPU": {"capu": False},
-    "ADRC": {"law": "adrc"},
-    "ascent": {"law": "ascent"},
-    "phase 2": {"phase_2": False},
-    "revival": {"revive": False},
-}
-"""What each ablation changes; the correction is off by default, so it is switched on."""
 
 
 class Bench:
@@ -170,7 +158,7 @@ def frontier(bench: Bench) -> None:
 
 
 def ablations(bench: Bench) -> None:
-    for name, change in {"full": {}, **PARTS}.items():
+    for name, change in {"full": {}, **ABLATIONS}.items():
         for seed in range(bench.args.seeds):
             found, seconds = bench.spalf(seed=seed, **change)
             (point,) = bench.points({"spalf": found.dictionary})

@@ -7,14 +7,8 @@ import torch
 
 from lib import paths
 from lib.activations.harvest import HarvestConfig, Harvester
-from lib.analysis.metrics import (
-    drift_fidelity,
-    frontier_points,
-    interpolated,
-    pareto,
-    patched_losses,
-    reconstruction,
-)
+from lib.analysis.frontier import frontier_points, interpolated, pareto
+from lib.analysis.metrics import drift_fidelity, patched_losses, reconstruction
 from lib.data.corpus import load_corpus
 from lib.dictionaries import Dictionary, DictionaryConfig, load_dictionaries
 from lib.dictionaries.sparsity import ReLU, TopK

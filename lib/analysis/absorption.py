@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lib.analysis.logistic import greedy, linear_probe
 from lib.analysis.probes import SparseFeatures, best_thresholds, f1_score
-from lib.analysis.truth import MIN_TOKENS, _centred, _labels
+from lib.analysis.truth import MIN_TOKENS, centred, labels_of
 from lib.data.world import CONCEPTS, concept_matrix
 from lib.data.world.lexicon import LEXICAL
 from lib.dictionaries.kernels import SparseActs
@@ -102,9 +102,9 @@ def absorption(
     _check(record, x, W_dec, k, share)
     columns = [CONCEPTS.index(name) for name in LEXICAL]
     table = torch.from_numpy(concept_matrix(record.concepts.tolist())[:, columns])
-    labels = _labels(table, record.rows, LEXICAL, seed)
+    labels = labels_of(table, record.rows, LEXICAL, seed)
     fit, table, ids = labels.fit, labels.table, record.ids.long()
-    x = _centred(x, fit)
+    x = centred(x, fit)
     weights = linear_probe(x[fit], table[fit])
     found = (x @ weights.T > best_thresholds(x[fit] @ weights.T, table[fit]))[~fit]
     seen, held = (SparseFeatures(record.acts.nonzero()).take(half) for half in (fit, ~fit))

@@ -1,11 +1,9 @@
 """How well a dictionary reconstructs activations, and what the model loses by its errors."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -160,7 +158,7 @@ def patched_losses(
         ValueError: a dictionary of several sites, a transcoder, another width than the site's, a
             model in training mode, or a corpus without two tokens in a row.
     """
-    _check_patch(model, dictionary, hook_name)
+    require_patchable(model, dictionary, hook_name)
 
     def rebuild(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         x_hat = dictionary.decode_sparse(dictionary.encode_sparse(x)).to(x.device)
@@ -182,94 +180,6 @@ def patched_losses(
         raise ValueError("need a corpus with a token to predict, got none")
     ce_clean, ce_patched, ce_zero, kl, kl_zero = (sums / n).tolist()
     return PatchedLosses(n, ce_clean, ce_patched, ce_zero, kl, kl_zero)
-
-
-Point = dict[str, str | float]
-"""A dictionary on the frontier: its name, and what it costs and gives."""
-
-
-@torch.no_grad()
-def frontier_points(
-    dictionaries: Mapping[str, Dictionary],
-    model: PreTrainedModel,
-    corpus: Corpus,
-    hook_name: str,
-    blocks: Iterable[Block],
-    *,
-    batch_rows: int = 16,
-) -> list[Point]:
-    """What each dictionary costs in latents and gives in variance and loss, on the same tokens.
-
-    Args:
-        dictionaries: by name; the first word of a name is the recipe.
-        corpus: what `model` reads under the patch.
-        blocks: activations at `hook_name`, gone through once for all dictionaries.
-        batch_rows: see `patched_losses`.
-
-    Returns:
-        One row each, in the order given: `name`, `recipe`, `l0`, `r2`, `fvu`, `dead`,
-        `ce_patched`, `kl`, `loss_recovered`.
-
-    Raises:
-        ValueError: no dictionaries, or what `reconstruction` and `patched_losses` refuse.
-    """
-    if not dictionaries:
-        raise ValueError("need at least one dictionary, got none")
-    for dictionary in dictionaries.values():
-        _check_patch(model, dictionary, hook_name)
-    sums = {name: ReconstructionSums(d.d_sae) for name, d in dictionaries.items()}
-    for block in blocks:
-        for name, dictionary in dictionaries.items():
-            acts = dictionary.encode_sparse(block.acts)
-            sums[name].update(block.acts, dictionary.decode_sparse(acts), acts)
-    points: list[Point] = []
-    for name, dictionary in dictionaries.items():
-        quality = sums[name].result()
-        losses = patched_losses(model, dictionary, corpus, hook_name, batch_rows=batch_rows)
-        own = {key: getattr(quality, key) for key in ("l0", "r2", "fvu", "dead")}
-        own |= {key: getattr(losses, key) for key in ("ce_patched", "kl", "loss_recovered")}
-        points.append({"name": name, "recipe": name.split(" ")[0], **own})
-    return points
-
-
-def pareto(
-    points: Sequence[Mapping[str, object]], x: str = "l0", y: str = "loss_recovered"
-) -> list[str]:
-    """Names of the points that no other one beats, by rising `x`.
-
-    One beats another with an `x` no higher and a `y` no lower, unless both are the same. A point
-    with NaN is left out.
-    """
-    known = [p for p in points if not (math.isnan(p[x]) or math.isnan(p[y]))]
-
-    def beaten(p: Mapping) -> bool:
-        return any(q[x] <= p[x] and q[y] >= p[y] and (q[x], q[y]) != (p[x], p[y]) for q in known)
-
-    return [p["name"] for p in sorted(known, key=lambda p: p[x]) if not beaten(p)]
-
-
-def interpolated(
-    points: Sequence[Mapping[str, object]], at: float, x: str = "r2", y: str = "l0"
-) -> float:
-    """The `y` that a swept recipe would have at `x = at`: linear between neighbours, in log(l0).
-
-    Outside the range of the sweep NaN, as nothing was measured there. Of points of equal `x` the
-    lowest `y` counts.
-
-    Raises:
-        ValueError: no points, or an l0 that is not above 0, which has no logarithm.
-    """
-    if not points:
-        raise ValueError("need at least one point to interpolate, got none")
-    for key, values in ((x, [at, *(p[x] for p in points)]), (y, [p[y] for p in points])):
-        if key == "l0" and not min(values) > 0:
-            raise ValueError(f"need l0 above 0 at every point, got {min(values)}")
-    lowest = {p[x]: p[y] for p in sorted(points, key=lambda p: -p[y])}
-    across, up = (math.log if key == "l0" else float for key in (x, y))
-    xs = sorted(lowest)
-    known = [across(place) for place in xs], [up(lowest[place]) for place in xs]
-    value = float(np.interp(across(at), *known, left=math.nan, right=math.nan))
-    return math.exp(value) if y == "l0" else value
 
 
 def drift_fidelity(
@@ -302,7 +212,8 @@ class _Rows(NamedTuple):
         return cls(*(x[:, :width] for x in (rows.ids.long(), rows.mask, patched)))
 
 
-def _check_patch(model: PreTrainedModel, dictionary: Dictionary, hook_name: str) -> None:
+def require_patchable(model: PreTrainedModel, dictionary: Dictionary, hook_name: str) -> None:
+    """Raises ValueError for what `patched_losses` cannot patch."""
     _require_autoencoder(dictionary)
     dims = dictionary.config.site_dims
     if len(dims) != 1:

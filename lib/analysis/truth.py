@@ -102,7 +102,7 @@ def score_sparse(
     values = acts.values.float()
     if not (values >= 0).all():
         raise ValueError(f"need latents of at least 0, got {float(values.min())}")
-    labels = _labels(concepts, rows, names, seed)
+    labels = labels_of(concepts, rows, names, seed)
     return _one_and_five(SparseFeatures(acts.with_values(values)), labels)
 
 
@@ -118,8 +118,8 @@ def score_dense(
 
     Thresholds are on coordinates less their mean over the fit half.
     """
-    labels = _labels(concepts, rows, names, seed)
-    return _one_and_five(DenseFeatures(_centred(x, labels.fit)), labels)
+    labels = labels_of(concepts, rows, names, seed)
+    return _one_and_five(DenseFeatures(centred(x, labels.fit)), labels)
 
 
 def baselines(
@@ -139,8 +139,8 @@ def baselines(
         directions of which each token keeps the `k` largest), each with `best` and `five`;
         `linear` with `probe`, a logistic regression on all of `x`; `none` with `always`.
     """
-    labels = _labels(concepts, rows, names, seed)
-    x = _centred(x, labels.fit)
+    labels = labels_of(concepts, rows, names, seed)
+    x = centred(x, labels.fit)
     held = x[~labels.fit]
     basis = torch.linalg.eigh((x[labels.fit].T @ x[labels.fit]).double()).eigenvectors.flip(1)
     weights = linear_probe(x[labels.fit], labels.table[labels.fit])
@@ -174,7 +174,7 @@ def random_codes(x: Float[Tensor, "n d"], d_sae: int, k: int, seed: int = 0) -> 
     return SparseActs(indices, values, torch.arange(len(x) + 1) * k, d_sae).nonzero()
 
 
-def _labels(concepts: Tensor, rows: Tensor, names: Sequence[str], seed: int) -> Labels:
+def labels_of(concepts: Tensor, rows: Tensor, names: Sequence[str], seed: int) -> Labels:
     """Split by rows and drop the concepts that cannot be scored."""
     n, c = concepts.shape
     if len(rows) != n or len(names) != c:
@@ -198,7 +198,7 @@ def _labels(concepts: Tensor, rows: Tensor, names: Sequence[str], seed: int) -> 
     return Labels(fit, concepts[:, scored], kept, left_out)
 
 
-def _centred(x: Tensor, fit: Tensor) -> Tensor:
+def centred(x: Tensor, fit: Tensor) -> Tensor:
     if not x.isfinite().all():
         raise ValueError("need finite features, got NaN or inf")
     x = x.float().cpu()

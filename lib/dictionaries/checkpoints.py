@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lib.dictionaries.trainee import Trainee
-from lib.runtime import atomic_folder
+from lib.runtime import atomic_file, atomic_folder
 
 
 @runtime_checkable
@@ -66,12 +66,7 @@ def load_checkpoint(
         return None
     newest = max(found)[1]
     state = json.loads((newest / "state.json").read_text())
-    differing = list(differences(state["config"], json.loads(json.dumps(config))))
-    if differing:
-        raise ValueError(
-            f"cannot resume {newest}: it was made with another config ({'; '.join(differing)}); "
-            "use another folder, or resume=False to start again"
-        )
+    require_same(newest, state["config"], config)
     try:
         for name, trainee in trainees.items():
             i = state["names"].index(name)
@@ -85,6 +80,26 @@ def load_checkpoint(
     elif sum(1 for _ in itertools.islice(stream, state["step"])) < state["step"]:
         raise ValueError(f"the stream ended before step {state['step']}, where {newest} goes on")
     return state["step"], state["history"]
+
+
+def require_same(newest: Path, then: dict, now: dict) -> None:
+    """Raises ValueError, with all that differs, if checkpoint `newest` was made with another config
+    than `now`."""
+    differing = list(_differences(then, json.loads(json.dumps(now))))
+    if differing:
+        raise ValueError(
+            f"cannot resume {newest}: it was made with another config ({'; '.join(differing)}); "
+            "use another folder, or resume=False to start again"
+        )
+
+
+def kept(folder: Path | None, batch: Tensor) -> str:
+    """Save a batch that could not be trained on; where, for the error's message."""
+    if folder is None:
+        return ""
+    with atomic_file(folder / "bad_batch.safetensors") as temporary:
+        save_file({"batch": batch.cpu().contiguous()}, temporary)
+    return f"; the batch is in {folder / 'bad_batch.safetensors'}"
 
 
 def clear_checkpoints(folder: Path) -> None:
@@ -117,10 +132,10 @@ def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.as_tensor(t).detach().cpu().contiguous() for name, t in tensors.items()}
 
 
-def differences(then: Any, now: Any, where: str = ""):
+def _differences(then: Any, now: Any, where: str = ""):
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted({*then, *now}):
             inner = f"{where}.{key}" if where else key
-            yield from differences(then.get(key), now.get(key), inner)
+            yield from _differences(then.get(key), now.get(key), inner)
     elif then != now:
         yield f"{where}: then {then!r}, now {now!r}"

@@ -6,12 +6,12 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.dictionaries.checkpoints import (
     clear_checkpoints,
+    kept,
     load_checkpoint,
     save_checkpoint,
     sweep,
@@ -22,7 +22,7 @@ from lib.dictionaries.fit_config import FitConfig
 from lib.dictionaries.recipes import Recipe
 from lib.dictionaries.tracking import check_tracking, tracker
 from lib.dictionaries.trainee import Trainee
-from lib.runtime import atomic_file, require_writable
+from lib.runtime import require_writable
 
 Plan = tuple[DictionaryConfig, Recipe]
 
@@ -91,7 +91,7 @@ def fit(
                 bad = int((~everything.isfinite()).any(1).sum())
                 raise FloatingPointError(
                     f"{bad} of {len(everything)} activations at step {step} are NaN or infinite"
-                    f"{_kept(target, everything)}"
+                    f"{kept(target, everything)}"
                 )
             logged = (step + 1) % config.log_every == 0 or step + 1 == config.n_steps
             for name, trainee in trainees.items():
@@ -101,7 +101,7 @@ def fit(
                 try:
                     out = trainee.step(step, batch)
                 except FloatingPointError as error:
-                    raise FloatingPointError(f"{name}: {error}{_kept(target, batch)}") from None
+                    raise FloatingPointError(f"{name}: {error}{kept(target, batch)}") from None
                 if logged:
                     entry = {"step": step + 1, "tokens": (step + 1) * len(batch)}
                     history[name].append(entry | trainee.metrics(out))
@@ -204,14 +204,6 @@ def _identity(plans: Mapping[str, Plan], config: FitConfig) -> dict:
 
 def _flat(plans: Mapping[str, Plan]) -> dict:
     return {f"{name}.d_sae": dictionary.d_sae for name, (dictionary, _) in plans.items()}
-
-
-def _kept(folder: Path | None, batch: Tensor) -> str:
-    if folder is None:
-        return ""
-    with atomic_file(folder / "bad_batch.safetensors") as temporary:
-        save_file({"batch": batch.cpu().contiguous()}, temporary)
-    return f"; the batch is in {folder / 'bad_batch.safetensors'}"
 
 
 def _postfix(latest: dict[str, dict]) -> str:

@@ -16,7 +16,7 @@ RECIPE_COLOURS = {
 }  # fmt: skip
 """A recipe keeps its colour in every notebook."""
 
-_LAYOUT = {"template": "plotly_white", "margin": {"l": 60, "r": 20, "t": 50, "b": 60}}
+LAYOUT = {"template": "plotly_white", "margin": {"l": 60, "r": 20, "t": 50, "b": 60}}
 
 
 def frequencies(names: Sequence[str], shares: Sequence[float], title: str) -> go.Figure:
@@ -24,7 +24,7 @@ def frequencies(names: Sequence[str], shares: Sequence[float], title: str) -> go
     order = sorted(range(len(names)), key=lambda i: -shares[i])
     bars = go.Bar(x=[names[i] for i in order], y=[shares[i] for i in order])
     figure = go.Figure(bars.update(marker_color=COLOURS["model"]))
-    figure.update_layout(title=title, height=420, **_LAYOUT)
+    figure.update_layout(title=title, height=420, **LAYOUT)
     figure.update_yaxes(type="log", title="share of tokens (log)", tickformat=".1%")
     figure.update_xaxes(tickangle=-60, dtick=1)
     return figure
@@ -42,7 +42,7 @@ def losses_by_token(
         ]
     )
     figure.update_layout(
-        title="What each token costs, given those before it", height=380, barmode="group", **_LAYOUT
+        title="What each token costs, given those before it", height=380, barmode="group", **LAYOUT
     )
     figure.update_xaxes(tickvals=places, ticktext=list(tokens), tickangle=-60)
     figure.update_yaxes(title="nats (lower is better)")
@@ -63,7 +63,7 @@ def losses_by_split(losses: Mapping[str, Mapping[str, float]]) -> go.Figure:
         for kind in ("floor", "model")
     ]
     figure = go.Figure(bars)
-    figure.update_layout(title="Loss against the floor", height=380, barmode="group", **_LAYOUT)
+    figure.update_layout(title="Loss against the floor", height=380, barmode="group", **LAYOUT)
     figure.update_yaxes(title="nats per token (lower is better)")
     return figure
 
@@ -88,7 +88,7 @@ def frontier(points: Sequence[Mapping[str, Any]]) -> go.Figure:
             hovertemplate="%{text}<br>l0 %{x:.1f}<br>loss recovered %{y:.4f}<extra></extra>",
         )
     title = "What a code of so many latents recovers of the model's loss"
-    figure.update_layout(title=title, height=460, **_LAYOUT)
+    figure.update_layout(title=title, height=460, **LAYOUT)
     figure.update_xaxes(title="l0: latents per token (log; fewer is better)", type="log")
     figure.update_yaxes(title="loss recovered (higher is better)")
     return figure
@@ -104,7 +104,7 @@ def training_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> go.
             name=name,
             line={"color": RECIPE_COLOURS.get(name.split(" ")[0])},
         )
-    figure.update_layout(title="Training, all on one stream", height=420, **_LAYOUT)
+    figure.update_layout(title="Training, all on one stream", height=420, **LAYOUT)
     figure.update_xaxes(title="tokens (log)", type="log")
     figure.update_yaxes(title="fraction of variance unexplained (log; lower is better)", type="log")
     return figure
@@ -135,7 +135,7 @@ def concept_scores(
         annotation_position="bottom right",
     )
     height = 140 + 34 * len(names)
-    figure.update_layout(title=title, height=height, barmode="group", **_LAYOUT)
+    figure.update_layout(title=title, height=height, barmode="group", **LAYOUT)
     figure.update_xaxes(title="mean F1 over concepts (higher is better)", range=[0, 1])
     figure.update_legends(traceorder="reversed")
     return figure
@@ -157,7 +157,7 @@ def concept_heatmap(scores: Mapping[str, Mapping[str, float]], title: str) -> go
             colorbar={"title": "F1"},
         )
     )
-    figure.update_layout(title=title, height=160 + 24 * len(methods), **_LAYOUT)
+    figure.update_layout(title=title, height=160 + 24 * len(methods), **LAYOUT)
     figure.update_xaxes(tickangle=-60, dtick=1)
     figure.update_yaxes(autorange="reversed", dtick=1)
     return figure

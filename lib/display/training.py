@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from IPython.display import display
 from plotly.subplots import make_subplots
 
-from lib.display.plots import _LAYOUT, RECIPE_COLOURS
+from lib.display.plots import LAYOUT, RECIPE_COLOURS
 
 CONSTRAINT_COLOURS = {
     "faithfulness": "#1f77b4", "drift": "#ff7f0e", "orthogonality": "#2ca02c", "kl": "#d62728",
@@ -78,7 +78,7 @@ def constraint_curves(
             )
     _mark_phases(figure, [entry["step"] for entry in history], phase_2_at)
     figure.add_hline(y=0, line_width=1, row=1, col=1)
-    figure.update_layout(title=title, height=700, **_LAYOUT)
+    figure.update_layout(title=title, height=700, **LAYOUT)
     figure.update_layout(legend_title="above 0: violated", margin_t=70)
     figure.update_yaxes(title="violation g", row=1, col=1, zeroline=False, **_symmetric(figure))
     ticks = {"tickvals": [math.log1p(t) for t in _LAMBDAS], "ticktext": [f"{t}" for t in _LAMBDAS]}
@@ -118,7 +118,7 @@ def l0_r2_curves(
     figure.add_hline(y=r2_target, row=2, col=1, **label)
     shown = [entry["r2"] for entry in history][len(history) // 2 :]
     least, most = min(*shown, r2_target - 0.1), max(*shown, r2_target + 0.03)
-    figure.update_layout(title="Latents and variance", height=520, showlegend=False, **_LAYOUT)
+    figure.update_layout(title="Latents and variance", height=520, showlegend=False, **LAYOUT)
     figure.update_layout(margin_t=70)
     figure.update_yaxes(title="l0: latents per token<br>(log; fewer is better)", row=1, col=1)
     figure.update_yaxes(**_log_axis([entry["l0"] for entry in history]), row=1, col=1)
@@ -155,7 +155,7 @@ def l0_against_r2(points: Sequence[Mapping[str, Any]], r2_target: float | None =
         label = f"r2 target {r2_target:g}"
         figure.add_annotation(text=label, y=math.log10(1 - r2_target), showarrow=False, **place)
     title = "What a code of so many latents leaves unexplained"
-    figure.update_layout(title=title, height=460, **_LAYOUT)
+    figure.update_layout(title=title, height=460, **LAYOUT)
     figure.update_xaxes(title="l0: latents per token (log; fewer is better)")
     figure.update_xaxes(**_log_axis([p["l0"] for p in points]))
     figure.update_yaxes(title="1 - r2 (log; lower is better)")
@@ -189,7 +189,7 @@ def ablation_bars(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     place = {"annotation_text": full["name"], "annotation_position": "top"}
     figure.add_vline(x=full["l0"], line_dash="dot", **place)
     height = 140 + 34 * len(rows)
-    figure.update_layout(title="Without one component each", height=height, **_LAYOUT)
+    figure.update_layout(title="Without one component each", height=height, **LAYOUT)
     figure.update_xaxes(title="l0: latents per token (fewer is better at equal r2)")
     figure.update_yaxes(autorange="reversed", automargin=True)
     return figure

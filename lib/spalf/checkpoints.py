@@ -16,9 +16,9 @@ from torch import Tensor
 from lib.dictionaries.checkpoints import (
     Resumable,
     checkpoints_in,
-    differences,
     plain,
     remove,
+    require_same,
 )
 from lib.runtime import atomic_folder
 from lib.spalf.trainer import Trainer
@@ -54,12 +54,7 @@ def load_checkpoint(folder: Path, trainer: Trainer, stream: Any, identity: dict)
         return None
     newest = max(found)[1]
     about = newest_metadata(folder)
-    differing = list(differences(about["identity"], json.loads(json.dumps(identity))))
-    if differing:
-        raise ValueError(
-            f"cannot resume {newest}: it was made with another config ({'; '.join(differing)}); "
-            "use another folder, or resume=False to start again"
-        )
+    require_same(newest, about["identity"], identity)
     try:
         names = ("model", "control", "optimizer")
         tensors = {name: load_file(newest / f"{name}.safetensors") for name in names}

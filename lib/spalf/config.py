@@ -4,6 +4,17 @@ import math
 from dataclasses import dataclass
 
 LAWS = ("pi", "adrc", "ascent")
+ABLATIONS = {
+    "no whitening": {"whiten": False},
+    "no orthogonality": {"orthogonality": False},
+    "no revival": {"revive": False},
+    "no CAPU": {"capu": False},
+    "ADRC for PI": {"law": "adrc"},
+    "gradient ascent for PI": {"law": "ascent"},
+    "with the correction": {"correction": True},
+    "no phase 2": {"phase_2": False},
+}
+"""Changes to `SpalfConfig`, each of which switches one part (the correction is off by default)."""
 LR_AREA = 2**27  # of the weights that `lr` is stated for: d_in 4096, d_sae 32768
 
 

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.activations.buffer import Buffer
-from lib.dictionaries.checkpoints import clear_checkpoints, remove, sweep
+from lib.dictionaries.checkpoints import clear_checkpoints, kept, remove, sweep
 from lib.dictionaries.dictionary import Dictionary
-from lib.runtime import atomic_file, require_writable
+from lib.runtime import require_writable
 from lib.spalf.checkpoints import load_checkpoint, newest_metadata, save_checkpoint
 from lib.spalf.config import SpalfConfig
 from lib.spalf.control import TOLERANCE
@@ -37,9 +36,9 @@ class SpalfFit:
     dictionary: Dictionary
     """On raw activations, in eval mode. Its first `len(anchor_ids)` latents are the anchored."""
     history: list[dict]
-    """Every `SpalfConfig.log_every` steps: `step`, `tokens`, `lr`, `phase`, `l0`, `r2`, `kl` (None
-    in phase 1) and `dead` of the last step, and by constraint `violations`, `multipliers`,
-    `penalties`."""
+    """Every `SpalfConfig.log_every` steps: `step`, `tokens`, `lr` (Adam's, as applied), `phase`,
+    `l0`, `r2`, `kl` (None in phase 1) and `dead` of the last step, and by constraint `violations`,
+    `multipliers`, `penalties`."""
     phase_2_at: int | None
     """The first step of phase 2; None if it was never entered."""
     reached: bool
@@ -136,7 +135,7 @@ def train_spalf(
         try:
             seen = trainer.step(step, x)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error}{_kept(target, x)}") from None
+            raise FloatingPointError(f"{error}{kept(target, x)}") from None
         if (step + 1) % config.log_every == 0 or step + 1 == config.n_steps:
             history.append(_entry(trainer, step, len(x), seen))
             steps.set_postfix_str(_postfix(history[-1]), refresh=False)
@@ -150,7 +149,7 @@ def train_spalf(
                 "history": history,
                 "phase_2_at": trainer.phase_2_at,
                 "reached": _reached(trainer),
-                "anchor_ids": [] if anchors is None else anchors.ids.tolist(),
+                "anchor_ids": identity["anchor_ids"],
                 "identity": identity,
             }
             save_checkpoint(target, trainer, batches, about)
@@ -160,7 +159,7 @@ def train_spalf(
         history,
         trainer.phase_2_at,
         _reached(trainer),
-        [] if anchors is None else anchors.ids.tolist(),
+        identity["anchor_ids"],
         config,
     )
     if target:
@@ -191,7 +190,7 @@ def _checked(
             bad = int((~batch.isfinite()).any(1).sum())
             raise FloatingPointError(
                 f"{bad} of {len(batch)} activations at batch {i} of {stage} are NaN or infinite"
-                f"{_kept(folder, batch)}"
+                f"{kept(folder, batch)}"
             )
         yield batch
 
@@ -242,12 +241,12 @@ def _require_distinct(batches: Iterable[Tensor], d_in: int) -> None:
 
 
 def _entry(trainer: Trainer, step: int, n: int, seen: dict[str, float]) -> dict:
-    control, config = trainer.control, trainer.config
+    control = trainer.control
     kl = trainer.latest.get("kl")
     return {
         "step": step + 1,
         "tokens": (step + 1) * n,
-        "lr": config.lr * config.lr_factor(step),
+        "lr": trainer.optimizer.param_groups[0]["lr"],
         "phase": 1 if trainer.phase_2_at is None or step < trainer.phase_2_at else 2,
         **seen,
         "kl": None if kl is None else (1 + kl) * trainer.numbers["kl_bound"],
@@ -265,11 +264,3 @@ def _postfix(entry: dict) -> str:
         for name, g in entry["violations"].items()
     )
     return f"l0 {entry['l0']:.1f} r2 {entry['r2']:.3f} | " + " | ".join(each)
-
-
-def _kept(folder: Path | None, batch: Tensor) -> str:
-    if folder is None:
-        return ""
-    with atomic_file(folder / "bad_batch.safetensors") as temporary:
-        save_file({"batch": batch.cpu().contiguous()}, temporary)
-    return f"; the batch is in {folder / 'bad_batch.safetensors'}"

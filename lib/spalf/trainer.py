@@ -94,14 +94,9 @@ class Trainer:
         return None if at < 0 else at
 
     @property
-    def variance(self) -> float:
-        """Of the raw activations, summed over dimensions."""
-        return self.whitener.total_variance
-
-    @property
     def scale(self) -> float:
         """Raw activations, centred, times this have a mean squared norm of d_in."""
-        return math.sqrt(self.dictionary.d_in / self.variance)
+        return math.sqrt(self.dictionary.d_in / self.whitener.total_variance)
 
     def calibrate(self, batches: Iterator[Tensor], device: torch.device) -> int:
         """Whitener, rows, thresholds and bounds, from the stream; the number of batches read."""
