@@ -100,7 +100,8 @@ def tokenize_chats(
         vars(truncation).update(vars(Truncation()))  # each pass counts from zero
         for batch in chats.select_columns([*carried, "messages"]).iter(_BATCH):
             first = truncation.n_chats + 1
-            names = batch.get("id") or [f"in row {first + i}" for i in range(_BATCH)]
+            n = len(batch["messages"])
+            names = batch.get("id") or [f"in row {first + i}" for i in range(n)]
             texts, spans = _render(batch["messages"], names, tokenizer)
             for index, (ids, mask) in enumerate(_encode(texts, spans, tokenizer)):
                 if _count(mask, max_len, truncation):
