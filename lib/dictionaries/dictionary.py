@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lib.dictionaries.config import DictionaryConfig
@@ -179,6 +179,22 @@ class Dictionary(nn.Module):
             other.encoder *= scale
             other.W_dec /= scale
         return other
+
+    @torch.no_grad()
+    def narrowed(self, latents: Int[Tensor, " few"]) -> "Dictionary":
+        """A dictionary of these latents alone, with the same activations.
+
+        Raises:
+            ValueError: a TopK dictionary, where a latent's activation depends on all the others.
+        """
+        if isinstance(self.config.rule, TopK):
+            raise ValueError("cannot narrow a TopK dictionary: which latents fire depends on all")
+        other = Dictionary(replace(self.config, d_sae=len(latents)))
+        own = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            shared = name == "b_dec" or tensor.ndim == 0
+            own[name].data = tensor.data if shared else tensor.data[latents]
+        return other.requires_grad_(False).eval()
 
     def save(self, folder: str | Path) -> Path:
         """Write `cfg.json` and `sae_weights.safetensors`, which sae-lens reads (one site)."""

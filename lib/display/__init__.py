@@ -1,5 +1,8 @@
-"""Figures (plotly) and coloured text; notebooks show and save them."""
+"""Figures (plotly), coloured text and the feature browser; notebooks show and save them."""
 
+from lib.display.adapters import removal, sparsity_behaviour, weight_concentration
+from lib.display.browser import FeatureBrowser
+from lib.display.latents import activation_histogram, dose_curves, logit_table
 from lib.display.plots import (
     concept_heatmap,
     concept_scores,
@@ -9,7 +12,7 @@ from lib.display.plots import (
     losses_by_token,
     training_curves,
 )
-from lib.display.tokens import concept_text, latent_text
+from lib.display.tokens import colored_tokens, concept_text, latent_text, readable_tokens
 from lib.display.training import (
     LiveFigure,
     ablation_bars,
@@ -19,18 +22,27 @@ from lib.display.training import (
 )
 
 __all__ = [
+    "FeatureBrowser",
     "LiveFigure",
     "ablation_bars",
+    "activation_histogram",
+    "colored_tokens",
     "concept_heatmap",
     "concept_scores",
     "concept_text",
     "constraint_curves",
+    "dose_curves",
     "frequencies",
     "frontier",
     "l0_against_r2",
     "l0_r2_curves",
     "latent_text",
+    "logit_table",
     "losses_by_split",
     "losses_by_token",
+    "readable_tokens",
+    "removal",
+    "sparsity_behaviour",
     "training_curves",
+    "weight_concentration",
 ]

@@ -1,5 +1,30 @@
-"""Latents over a corpus: which fire where, how strongly, and in which text."""
+"""Latents over a corpus and in a running model: which fire where, in which text, what they do."""
 
-from lib.latents.record import Context, LatentRecord, collect
+from lib.latents.record import Context, LatentRecord, assemble, collect
+from lib.latents.source import DictionarySource, Edit, LatentSource, SaeLoraSource, record_of
+from lib.latents.steering import (
+    DoseResponse,
+    ablate,
+    clamp,
+    dose_response,
+    scale,
+    typical_activations,
+)
 
-__all__ = ["Context", "LatentRecord", "collect"]
+__all__ = [
+    "Context",
+    "DictionarySource",
+    "DoseResponse",
+    "Edit",
+    "LatentRecord",
+    "LatentSource",
+    "SaeLoraSource",
+    "ablate",
+    "assemble",
+    "clamp",
+    "collect",
+    "dose_response",
+    "record_of",
+    "scale",
+    "typical_activations",
+]

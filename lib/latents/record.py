@@ -112,10 +112,22 @@ class LatentRecord:
         """Share of tokens on which each latent fires."""
         return self.by_latent.offsets.diff() / max(len(self), 1)
 
-    def top_examples(self, latent: int, n: int) -> Int[Tensor, " at_most_n"]:
-        """Tokens with the largest values, at most one a row, largest first."""
+    def top_examples(
+        self, latent: int, n: int, *, lowest: bool = False
+    ) -> Int[Tensor, " at_most_n"]:
+        """Tokens with the largest values, at most one a row, largest first.
+
+        Args:
+            lowest: those with the smallest values instead, smallest first.
+        """
         tokens, values = self.active(latent)
-        return self._distinct(tokens[values.sort(descending=True, stable=True).indices])[:n]
+        values = -values if lowest else values
+        size = 0
+        while True:  # a few candidates give `n` rows, mostly: sort no more than those
+            size = max(8 * size, 16 * n)
+            found = self._distinct(tokens[_largest(values, size)])[:n]
+            if len(found) == n or size >= len(values):
+                return found
 
     def quantile_examples(self, latent: int, n_quantiles: int, n: int) -> list[Tensor]:
         """Tokens from each quantile of the values at which `latent` fires, the highest first.
@@ -151,9 +163,13 @@ class LatentRecord:
     def row_values(self, latent: int, row: int) -> Float[Tensor, " length"]:
         """Values of `latent` over a row's text: 0 where it did not fire or was not asked."""
         tokens, values = self.active(latent)
-        here = self.rows[tokens] == row
+        order, starts = self._by_row
+        asked = order[starts[row] : starts[row + 1]]
+        places = torch.searchsorted(tokens, asked)
+        fired = places < len(tokens)
+        fired[fired.clone()] = tokens[places[fired]] == asked[fired]
         dense = torch.zeros(len(self.row_text(row)))
-        dense[self.positions[tokens[here]].long()] = values[here]
+        dense[self.positions[asked[fired]].long()] = values[places[fired]]
         return dense
 
     def save(self, path: str | Path) -> None:
@@ -177,15 +193,40 @@ class LatentRecord:
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no complete latent record: {error}") from error
 
+    @functools.cached_property
+    def _by_row(self) -> tuple[Tensor, Tensor]:
+        """The tokens sorted by row, ascending within one, and where each row's begin."""
+        counts = torch.bincount(self.rows, minlength=self.n_rows)
+        return self.rows.argsort(stable=True), starts_of(counts)
+
     def _distinct(self, tokens: Tensor) -> Tensor:
         """The first token of each row, in the order given."""
-        first = np.unique(self.rows[tokens].numpy(), return_index=True)[1]
-        return tokens[torch.from_numpy(np.sort(first))]
+        n = len(tokens)
+        first = torch.full((self.n_rows,), n)
+        first.scatter_reduce_(0, self.rows[tokens].long(), torch.arange(n), "amin")
+        return tokens[first[first < n].sort().values]
+
+
+def _largest(values: Tensor, n: int) -> Tensor:
+    """Indices of at least the `n` largest values, largest first; equal ones keep their order."""
+    kept = torch.arange(len(values))
+    if n < len(values):
+        kept = (values >= values.topk(n, sorted=False).values.min()).nonzero()[:, 0]
+    return kept[values[kept].sort(descending=True, stable=True).indices]
 
 
 def _spread(length: int, n: int) -> Tensor:
     """At most `n` indices, evenly spaced over `length`."""
     return torch.linspace(0, max(length - 1, 0), min(n, length)).round().long()
+
+
+class Part(NamedTuple):
+    """Latents of some tokens, and which tokens of a corpus these are."""
+
+    acts: SparseActs
+    ids: Tensor
+    rows: Tensor
+    positions: Tensor
 
 
 @torch.no_grad()
@@ -202,17 +243,27 @@ def collect(
         ValueError: no tokens at all; blocks of another corpus; `encode` gave another number of
             tokens or changed its number of latents.
     """
-    parts: list[tuple[Tensor, ...]] = []
+    parts = (Part(encode(b.acts), b.ids, b.rows, b.positions) for b in blocks)
+    return assemble(parts, corpus)
+
+
+def assemble(parts: Iterable[Part], corpus: Corpus) -> LatentRecord:
+    """One record of all `parts`, in their order, on the CPU.
+
+    Raises:
+        ValueError: as `collect`.
+    """
+    kept: list[tuple[Tensor, ...]] = []
     n_latents = None
-    for i, block in enumerate(blocks):
-        acts = encode(block.acts)
+    for i, part in enumerate(parts):
+        acts = part.acts
         n_latents = acts.n_latents if n_latents is None else n_latents
-        rows, positions = _checked(i, block, acts, n_latents, corpus)
+        rows, positions = _checked(i, part, n_latents, corpus)
         pairs = (acts.indices.int(), acts.values.float(), acts.offsets.diff())
-        parts.append(tuple(x.cpu() for x in (*pairs, block.ids.int(), rows.int(), positions.int())))
-    if not sum(len(part[3]) for part in parts):
+        kept.append(tuple(x.cpu() for x in (*pairs, part.ids.int(), rows.int(), positions.int())))
+    if not sum(len(part[3]) for part in kept):
         raise ValueError("need at least one token to record, got none")
-    indices, values, counts, ids, rows, positions = map(torch.cat, zip(*parts, strict=True))
+    indices, values, counts, ids, rows, positions = map(torch.cat, zip(*kept, strict=True))
     concepts = None if corpus.concepts is None else corpus.concepts[rows.long(), positions.long()]
     return LatentRecord(
         indices=indices,
@@ -228,18 +279,17 @@ def collect(
     )
 
 
-def _checked(
-    i: int, block: Block, acts: SparseActs, n_latents: int, corpus: Corpus
-) -> tuple[Tensor, Tensor]:
-    """Rows and positions of block `i`, whose latents and tokens are what they should be."""
-    if acts.n_latents != n_latents or acts.n != len(block.acts):
+def _checked(i: int, part: Part, n_latents: int, corpus: Corpus) -> tuple[Tensor, Tensor]:
+    """Rows and positions of part `i`, whose latents and tokens are what they should be."""
+    acts = part.acts
+    if acts.n_latents != n_latents or acts.n != len(part.ids):
         raise ValueError(
-            f"block {i}: need {len(block.acts)} tokens of {n_latents} latents from encode, "
+            f"block {i}: need {len(part.ids)} tokens of {n_latents} latents from encode, "
             f"got {acts.n} of {acts.n_latents}"
         )
-    rows, positions = block.rows.cpu().long(), block.positions.cpu().long()
+    rows, positions = part.rows.cpu().long(), part.positions.cpu().long()
     n_rows, width = corpus.ids.shape
     inside = not len(rows) or (rows.max() < n_rows and positions.max() < width)
-    if not inside or not torch.equal(corpus.ids[rows, positions].long(), block.ids.cpu().long()):
+    if not inside or not torch.equal(corpus.ids[rows, positions].long(), part.ids.cpu().long()):
         raise ValueError(f"block {i}: need tokens of the corpus {corpus.name!r}, got others")
     return rows, positions

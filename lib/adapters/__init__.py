@@ -1,0 +1,17 @@
+"""Adapters that are sparse by construction."""
+
+from lib.adapters.config import SaeLoraConfig
+from lib.adapters.loss import Chats, assistant_loss, held_out_loss
+from lib.adapters.sae_lora import SaeLora
+from lib.adapters.train import SaeLoraFit, sparsity_path, train_sae_lora
+
+__all__ = [
+    "Chats",
+    "SaeLora",
+    "SaeLoraConfig",
+    "SaeLoraFit",
+    "assistant_loss",
+    "held_out_loss",
+    "sparsity_path",
+    "train_sae_lora",
+]
