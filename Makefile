@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 # Waiting threads sleep: on a busy machine, spinning makes small tensor operations seven times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lab bench lint models saes figures clean
+.PHONY: demo test chromium lab bench lint models saes figures clean
 
 demo: .venv/installed-$(EXTRAS)
 	@for notebook in $(NOTEBOOKS); do \
@@ -22,9 +22,16 @@ demo: .venv/installed-$(EXTRAS)
 	done
 	@echo "To change and run them yourself: make lab"
 
-test: .venv/installed-$(EXTRAS)
+test: .venv/installed-$(EXTRAS) chromium
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --nbmake --nbmake-timeout=600 notebooks
+
+# The browser that tests/test_lab.py drives. Where it cannot be installed, that test is skipped.
+chromium:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+	  test $$(id -u) = 0 || sudo="sudo -n"; apt="$$sudo apt-get -qq -o Acquire::http::Timeout=20"; \
+	  { $$apt update; $$apt install --yes --no-install-recommends chromium; } < /dev/null; \
+	} || echo "tests/test_lab.py will be skipped: chromium is missing and could not be installed"
 
 lab: .venv/installed-$(EXTRAS)
 	$(BIN)/jupyter lab notebooks

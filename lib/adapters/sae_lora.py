@@ -250,7 +250,7 @@ class SaeLora(nn.Module):
         if torch.is_grad_enabled() or isinstance(self.dictionary.config.rule, TopK):
             return self.dictionary.encode_sparse(x)
         read = self.read_mask.nonzero().flatten()
-        if len(read) > self.d_sae // 4:
+        if not 0 < len(read) <= self.d_sae // 4:
             return self.dictionary.encode_sparse(x)
         few = self.dictionary.narrowed(read).encode_sparse(x)
         return SparseActs(read[few.indices], few.values, few.offsets, self.d_sae)

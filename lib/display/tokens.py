@@ -92,7 +92,7 @@ def colored_tokens(
     return (
         f"<style>#{name} {{background:#fff;color:#000}} #{name} span "
         f"{{unicode-bidi:isolate;max-width:100%;overflow-wrap:anywhere}}"
-        f"</style><div id='{name}'></div><script type='module'>{_circuitsvis()}\n"
+        f"</style><div id='{name}' class='mathjax_ignore'></div><script type='module'>{_circuitsvis()}\n"
         f"CircuitsVis.render('{name}', CircuitsVis.ColoredTokens, {data})</script>"
     )
 
@@ -129,7 +129,7 @@ def concept_text(
         "</div>"
         for chat in chats
     )
-    return f"<div style='font-family:monospace;line-height:1.9'><p>{legend}</p>{rows}</div>"
+    return _box(f"<p>{legend}</p>{rows}")
 
 
 def latent_text(
@@ -151,7 +151,13 @@ def latent_text(
         ]
         rows.append(f"<div style='margin:.2em 0'>{' '.join(spans)}</div>")
     heading = f"<p><b>{escape(title)}</b></p>" if title else ""
-    return f"<div style='font-family:monospace;line-height:1.7'>{heading}{''.join(rows)}</div>"
+    return _box(heading + "".join(rows))
+
+
+def _box(content: str) -> str:
+    """JupyterLab would typeset what stands between dollar signs."""
+    style = "font-family:monospace;line-height:1.8"
+    return f"<div class='mathjax_ignore' style='{style}'>{content}</div>"
 
 
 def _token(token: str, concepts: set[str], colours: Mapping[str, str], max_chars: int) -> str:
