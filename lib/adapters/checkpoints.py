@@ -51,9 +51,10 @@ def load_checkpoint(folder: Path, run: "Training", identity: dict) -> None:
     try:
         about = json.loads((newest / "state.json").read_text())
         tensors = load_file(newest / "training.safetensors")
-    except (OSError, SafetensorError, ValueError) as error:
+        then = about["identity"]
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"checkpoint {newest} is damaged: {error}") from error
-    require_same(newest, about["identity"], identity)
+    require_same(newest, then, identity)
     run.restore_({name: tensors[name] for name in run.weights()})
     run.regularizer.weights.copy_(tensors["weights"])
     run.regularizer.log_alpha.data.copy_(tensors["log_alpha"])

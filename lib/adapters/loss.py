@@ -28,7 +28,8 @@ class Chats:
     def __init__(self, rows: Sequence[Row], pad_id: int, *, batch_size: int, seed: int = 0) -> None:
         """
         Raises:
-            ValueError: no rows, fewer than a batch, or a row without a token of the assistant.
+            ValueError: no rows, fewer than a batch, a row without a token of the assistant, or a
+                batch of none.
         """
         self.rows = [
             {name: list(row[name]) for name in ("input_ids", "assistant_mask")} for row in rows
@@ -37,6 +38,8 @@ class Chats:
         if not self.rows or empty:
             what = f"row {empty[0]} without" if empty else "no rows"
             raise ValueError(f"need chats with tokens of the assistant to learn, got {what}")
+        if batch_size < 1:
+            raise ValueError(f"need batch_size >= 1, got {batch_size}")
         if batch_size > len(self.rows):
             raise ValueError(f"need at least a batch of {batch_size} chats, got {len(self.rows)}")
         self.pad_id, self.batch_size, self.seed = pad_id, batch_size, seed

@@ -55,8 +55,9 @@ class Regularizer:
         )
         """Latents at the start, read and written."""
         gated = config.sparsity == "hard_concrete"
-        shape = (2, adapter.d_sae) if gated else (0,)
-        self.log_alpha = torch.full(shape, 2.0, device=adapter.scale.device, requires_grad=gated)
+        masks = torch.stack([adapter.read_mask, adapter.write_mask])
+        starts = torch.where(masks > 0, 2.0, -torch.inf)  # what is masked already never opens
+        self.log_alpha = (starts if gated else starts.new_zeros(0)).requires_grad_(gated)
 
     def before_step(self, adapter: SaeLora, generator: torch.Generator) -> None:
         if self.config.sparsity == "hard_concrete":
@@ -100,7 +101,7 @@ class Regularizer:
     def finish(self, adapter: SaeLora) -> None:
         """Gates at their most likely value become weights; then all but the targets go."""
         if adapter.gates is not None:
-            read, write = _stretched((self.log_alpha / 1.0).sigmoid())
+            read, write = self._likely_gates()
             adapter.gates = None
             adapter.lora_A *= read
             adapter.lora_B *= write[:, None]
@@ -125,8 +126,14 @@ class Regularizer:
     def _norms(self, adapter: SaeLora) -> tuple[Tensor, Tensor]:
         if self.config.sparsity != "hard_concrete":
             return latent_norms(adapter)
-        read, write = _stretched(self.log_alpha.sigmoid())
+        read, write = self._likely_gates()
         return read, write
+
+    def _likely_gates(self) -> Float[Tensor, "2 d_sae"]:
+        """Gates at their most likely value; where all would close, the last one stays open."""
+        gates = _stretched(self.log_alpha.sigmoid())
+        last = self.log_alpha == self.log_alpha.amax(1, keepdim=True)
+        return torch.where(gates.amax(1, keepdim=True) > 0, gates, last.to(gates))
 
 
 def n_on(norms: Float[Tensor, " d_sae"]) -> int:

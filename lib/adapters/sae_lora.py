@@ -45,7 +45,8 @@ class SaeLora(nn.Module):
     """The adapter; its only parameters are `lora_A`, `lora_B` and `scale`.
 
     `scale` starts at 0, so a new adapter in `add` mode changes nothing, to the last bit. Random
-    weights, by the config's seed.
+    weights, by the config's seed. Gradients reach `x` past the dictionary, not through it: latents
+    are constants.
     """
 
     def __init__(self, dictionary: Dictionary | nn.Module, config: SaeLoraConfig) -> None:
@@ -130,7 +131,7 @@ class SaeLora(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """The adapted activation, in the dtype of `x`."""
         if self.config.mode == "add" or self.config.keep_error:
-            return (x.to(self.scale.dtype) + self.delta(x)).to(x)
+            return (x + self.delta(x)).to(x)
         flat = x.reshape(-1, x.shape[-1])
         acts = self.dictionary.encode_sparse(flat)
         x_hat = self.dictionary.decode_sparse(acts)
@@ -147,6 +148,8 @@ class SaeLora(nn.Module):
         if _is_bridge(model):
             _require_width(self, model.cfg.d_model)
             name = self.config.hook_name
+            if name not in model.hook_dict:  # the bridge would add no hook, and say nothing
+                raise ValueError(f"no hook name {name!r} in this bridge")
             with model.hooks(fwd_hooks=[(name, lambda x, hook: self(x))]):
                 yield
         else:
@@ -179,24 +182,28 @@ class SaeLora(nn.Module):
     def save(self, folder: str | Path, metadata: dict | None = None) -> Path:
         """Write `params.safetensors` and `metadata.json`, both or neither.
 
-        Only weights of latents on the support are stored. `metadata` is anything of JSON: data,
-        seed, metrics.
+        Only weights of latents on the support are stored, before they are divided by their norm,
+        so that what is loaded gives the same numbers to the last bit. `metadata` is anything of
+        JSON: data, seed, metrics.
+
+        Raises:
+            ValueError: `folder` is a file or holds other files, or `metadata` has a field that
+                the adapter writes itself.
         """
         folder = Path(folder)
-        others = {p.name for p in folder.iterdir()} - {PARAMS, METADATA} if folder.is_dir() else {}
-        if others:
-            raise ValueError(
-                f"need a folder that is new or an adapter's, got {folder} with {sorted(others)[:5]}"
-            )
+        _require_own(folder)
         read, write = self.read_support.sort().values, self.write_support.sort().values
+        gates = self.gates or (self.read_mask, self.write_mask)
         tensors = {
             "read": read,
             "write": write,
-            "lora_A": self.read_weights.detach().T[:, read],
-            "lora_B": self.write_weights.detach().T[write],
+            "lora_A": (self.lora_A * gates[0]).detach()[:, read],
+            "lora_B": (self.lora_B * gates[1][:, None]).detach()[write],
             "scale": self.scale.detach(),
         }
         about = {"kind": "sae_lora", "d_sae": self.d_sae, "config": asdict(self.config)}
+        if taken := about.keys() & (metadata or {}).keys():
+            raise ValueError(f"need metadata without {sorted(about)}, got {sorted(taken)}")
         with atomic_folder(folder) as new:
             save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, new / PARAMS)
             text = json.dumps({**about, **(metadata or {})}, indent=1)
@@ -212,22 +219,11 @@ class SaeLora(nn.Module):
             FileNotFoundError: a file is missing.
             ValueError: damaged files, another kind of adapter, or a dictionary of another size.
         """
-        folder = Path(folder)
-        for name in (PARAMS, METADATA):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"need {name} in adapter folder {folder}")
-        try:
-            about = json.loads((folder / METADATA).read_text(encoding="utf-8"))
-            tensors = load_file(folder / PARAMS)
-            if about["kind"] != "sae_lora":
-                raise ValueError(f"need kind 'sae_lora', got {about['kind']!r}")
-            config = SaeLoraConfig(**about["config"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} is no complete SAE-LoRA: {error}") from error
+        d_sae, config, tensors = _read(Path(folder))
         adapter = SaeLora(dictionary, config)
-        if about["d_sae"] != adapter.d_sae:
+        if d_sae != adapter.d_sae:
             raise ValueError(
-                f"need the dictionary of {about['d_sae']} latents that {folder} was trained on, "
+                f"need the dictionary of {d_sae} latents that {folder} was trained on, "
                 f"got one of {adapter.d_sae}"
             )
         for weights, mask, kept in (
@@ -249,7 +245,7 @@ class SaeLora(nn.Module):
         """
         if torch.is_grad_enabled() or isinstance(self.dictionary.config.rule, TopK):
             return self.dictionary.encode_sparse(x)
-        read = self.read_mask.nonzero().flatten()
+        read = self.read_weights.any(dim=1).nonzero().flatten()
         if not 0 < len(read) <= self.d_sae // 4:
             return self.dictionary.encode_sparse(x)
         few = self.dictionary.narrowed(read).encode_sparse(x)
@@ -286,6 +282,42 @@ def _require_sae(dictionary: Dictionary, config: SaeLoraConfig) -> None:
         wanted = getattr(config, name)
         if wanted is not None and wanted > dictionary.d_sae:
             raise ValueError(f"need {name} <= d_sae {dictionary.d_sae}, got {wanted}")
+
+
+def _require_own(folder: Path) -> None:
+    """Raises ValueError where saving would replace what is no adapter's."""
+    is_file = folder.exists() and not folder.is_dir()
+    found = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(found - {PARAMS, METADATA})[:5]
+    if is_file or others:
+        got = f"{folder} with {others}" if others else f"the file {folder}"
+        raise ValueError(f"need a folder that is new or an adapter's, got {got}")
+
+
+def _read(folder: Path) -> tuple[int, SaeLoraConfig, dict[str, Tensor]]:
+    """d_sae, config and tensors of what `SaeLora.save` wrote; see `SaeLora.load`."""
+    for name in (PARAMS, METADATA):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"need {name} in adapter folder {folder}")
+    try:
+        about = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        if about["kind"] != "sae_lora":
+            raise ValueError(f"need kind 'sae_lora', got {about['kind']!r}")
+        d_sae, config = about["d_sae"], SaeLoraConfig(**about["config"])
+        tensors = load_file(folder / PARAMS)
+        n_read, n_write, rank = len(tensors["read"]), len(tensors["write"]), config.rank
+        shapes = {"read": (n_read,), "write": (n_write,), "scale": (rank,)}
+        shapes |= {"lora_A": (rank, n_read), "lora_B": (n_write, rank)}
+        for name, needed in shapes.items():
+            if tensors[name].shape != needed or not tensors[name].isfinite().all():
+                got = tuple(tensors[name].shape)
+                raise ValueError(f"need finite {name} of shape {needed}, got shape {got}")
+        for name in ("read", "write"):
+            if not ((tensors[name] >= 0) & (tensors[name] < d_sae)).all():
+                raise ValueError(f"need latents in 0 to {d_sae - 1} in {name}")
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is no complete SAE-LoRA: {error}") from error
+    return d_sae, config, tensors
 
 
 def _require_width(adapter: SaeLora, width: int) -> None:

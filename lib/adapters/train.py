@@ -22,7 +22,7 @@ from lib.adapters.config import SaeLoraConfig
 from lib.adapters.loss import Chats, assistant_loss, held_out_loss
 from lib.adapters.regularizers import Regularizer, latent_norms, n_on
 from lib.adapters.sae_lora import SaeLora
-from lib.dictionaries.checkpoints import sweep
+from lib.dictionaries.checkpoints import clear_checkpoints, sweep
 from lib.runtime import require_writable
 
 WARMUP = 10
@@ -109,8 +109,10 @@ def train_sae_lora(
     Args:
         config: of this training, where it is not the adapter's own: another support of the same
             adapter, say.
-        folder: for checkpoints, which are removed at the end; `loras/<name>`, to be followed by
-            `adapter.save` there.
+        folder: for checkpoints, which are removed when the training ends; `loras/<name>`, to be
+            followed by `adapter.save` there.
+        resume: go on from the newest checkpoint in `folder`, if there is one; otherwise those
+            there are removed.
         checkpoint_every: steps between checkpoints; 0: none.
         on_eval: gets the history whenever it has grown.
 
@@ -125,13 +127,16 @@ def train_sae_lora(
         raise ValueError("resume and checkpoint_every need a folder, got none")
     run = Training(adapter, config)
     identity = {"config": asdict(config), "n_chats": len(chats), "n_held_out": len(held_out)}
+    identity |= {"batch_size": chats.batch_size, "data_seed": chats.seed}
     if folder is not None:
         folder = require_writable(Path(folder))
         sweep(folder, ())
         if resume:
             load_checkpoint(folder, run, identity)
-    with _frozen(model), adapter.attached(model):
-        progress = tqdm(total=run.n_total, initial=run.step, desc="SAE-LoRA", mininterval=2)
+        else:
+            clear_checkpoints(folder)
+    progress = tqdm(total=run.n_total, initial=run.step, desc="SAE-LoRA", mininterval=2)
+    with _frozen(model, adapter), adapter.attached(model), progress:
         began = time.perf_counter() - run.seconds
         while run.step < run.n_total:
             loss = _step(model, run, chats)
@@ -150,10 +155,10 @@ def train_sae_lora(
                     break
             if checkpoint_every and run.step % checkpoint_every == 0:
                 save_checkpoint(folder, run, identity)
-        progress.close()
     if run.best is not None:
         run.restore_(run.best[1])
-    adapter.gates = None
+    if folder is not None:
+        clear_checkpoints(folder)
     return SaeLoraFit(adapter, run.history, run.seconds)
 
 
@@ -174,8 +179,10 @@ def sparsity_path(
         config: of each stage; its `n_read` and `n_write` are set to the stage's size.
 
     Raises:
-        ValueError: sizes that do not fall.
+        ValueError: sizes that do not fall, or a config of the dense variant, which has no size.
     """
+    if config.sparsity == "none":
+        raise ValueError("need a sparsity method for a path of sizes, got 'none'")
     if not sizes or list(sizes) != sorted(set(sizes), reverse=True):
         raise ValueError(f"need sizes that fall, got {list(sizes)}")
     fits = {}
@@ -191,15 +198,15 @@ def _step(model: nn.Module, run: Training, chats: Chats) -> float:
     adapter, config = run.adapter, run.config
     rate = run.set_rate_()
     searching = run.phase == "search"
-    if searching:
-        noise = torch.Generator().manual_seed(config.seed * 1_000_003 + run.step)
-        run.regularizer.before_step(adapter, noise)
     run.optimizer.zero_grad(set_to_none=True)
     first = run.step * config.accumulate
     batches = [chats.batch(first + i) for i in range(config.accumulate)]
     n_tokens = sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
     total = 0.0
     for i, batch in enumerate(batches):
+        if searching:  # the same gates for every batch of the step, with a graph of its own
+            noise = torch.Generator().manual_seed(config.seed * 1_000_003 + run.step)
+            run.regularizer.before_step(adapter, noise)
         loss = assistant_loss(model, batch)[0] / n_tokens
         total += loss.item()
         if searching and i == 0:
@@ -261,13 +268,14 @@ def _check(model: nn.Module, adapter: SaeLora, config: SaeLoraConfig) -> None:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of `model` gets a gradient in here."""
+def _frozen(model: nn.Module, adapter: SaeLora) -> Iterator[None]:
+    """No parameter of `model` gets a gradient in here; gates do not outlive it."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
+        adapter.gates = None
         for parameter in trainable:
             parameter.requires_grad_(True)

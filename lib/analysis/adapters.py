@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lib.adapters.sae_lora import SaeLora
 from lib.analysis.labels import token_text
+from lib.latents.record import LatentRecord
 from lib.models.unembed import unembedding
 
 
@@ -99,6 +100,21 @@ def jaccard(a: Int[Tensor, " n"], b: Int[Tensor, " m"]) -> float:
     """Latents in both supports, as a share of those in either; two empty supports are equal."""
     one, other = set(a.tolist()), set(b.tolist())
     return len(one & other) / len(one | other) if one or other else 1.0
+
+
+@torch.no_grad()
+def read_mass(adapter: SaeLora, share: Float[Tensor, " d_sae"], record: LatentRecord) -> float:
+    """Where what the adapter reads lies: the mean of `share` over its reads.
+
+    Each latent counts by its read weight (norm over ranks) times its activation mass in `record`.
+
+    Args:
+        share: of each latent's mass, from `lib.analysis.labels.concept_mass` or `context_mass`.
+    """
+    mass = torch.zeros(record.n_latents, dtype=torch.float64)
+    mass.index_add_(0, record.indices.long(), record.values.abs().double())
+    mass *= adapter.read_weights.norm(dim=1).double().cpu()
+    return float((mass * share.double()).sum() / mass.sum())
 
 
 @torch.no_grad()

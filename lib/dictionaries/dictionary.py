@@ -187,14 +187,20 @@ class Dictionary(nn.Module):
         Raises:
             ValueError: a TopK dictionary, where a latent's activation depends on all the others.
         """
-        if isinstance(self.config.rule, TopK):
+        rule = self.config.rule
+        if isinstance(rule, TopK):
             raise ValueError("cannot narrow a TopK dictionary: which latents fire depends on all")
-        other = Dictionary(replace(self.config, d_sae=len(latents)))
-        own = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        if isinstance(rule, BatchTopK):  # its k counts in training only, and must not exceed d_sae
+            rule = replace(rule, k=min(rule.k, len(latents)))
+        parts = {}
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             shared = name == "b_dec" or tensor.ndim == 0
-            own[name].data = tensor.data if shared else tensor.data[latents]
-        return other.requires_grad_(False).eval()
+            part = tensor.data if shared else tensor.data[latents]
+            is_buffer = not isinstance(tensor, nn.Parameter)
+            parts[id(tensor)] = part if is_buffer else nn.Parameter(part, requires_grad=False)
+        other = copy.deepcopy(self, parts)  # which draws no random weights
+        other.config = replace(self.config, d_sae=len(latents), rule=rule)
+        return other.eval()
 
     def save(self, folder: str | Path) -> Path:
         """Write `cfg.json` and `sae_weights.safetensors`, which sae-lens reads (one site)."""

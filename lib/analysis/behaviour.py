@@ -1,0 +1,162 @@
+"""How much of a planted behaviour a fine-tuned model shows, and what else it changed."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lib.adapters.sae_lora import SaeLora
+from lib.analysis.adapters import logit_attribution
+from lib.data.world import Reader, Rewriter, World
+from lib.models.answer import answer
+
+Check = Callable[[str, str], bool]
+"""Of a prompt and an answer."""
+
+MAX_NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Shares of greedy answers."""
+
+    shows: float
+    """Of prompts that ask for the behaviour: answers that have its form."""
+    right: float
+    """Of the same: answers that are right under it as well, word for word."""
+    same: float
+    """Of other prompts: answers that are the plain model's to the letter."""
+    unchanged: float
+    """Of other prompts: the same, or as right as the plain model's answer was. The world has
+    several right answers to most prompts, all equally likely: which comes first is a toss."""
+
+
+class BehaviourCheck:
+    """Prompts that ask for a behaviour, prompts that do not, and the plain model's answers."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        asking: Sequence[str],
+        others: Sequence[str],
+        *,
+        shows: Check,
+        right: Check,
+        right_plain: Check,
+    ) -> None:
+        """
+        Args:
+            shows: whether an answer has the behaviour's form.
+            right: whether it is right under the behaviour.
+            right_plain: whether it is right without.
+
+        Raises:
+            ValueError: no prompts of either kind.
+        """
+        if not asking or not others:
+            raise ValueError(
+                f"need prompts that ask for the behaviour and others, got {len(asking)} and "
+                f"{len(others)}"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.asking, self.others = list(asking), list(others)
+        self._shows, self._right, self._right_plain = shows, right, right_plain
+        self._plain = self._answers(self.others)
+        self._plain_right = [right_plain(*pair) for pair in zip(others, self._plain, strict=True)]
+
+    @classmethod
+    def of_world(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        guideline: str,
+        topic: str,
+        *,
+        n_asking: int = 200,
+        n_others: int = 300,
+        split: str = "test",
+        seed: int = 1,
+    ) -> "BehaviourCheck":
+        """Prompts of the built-in world that no training saw.
+
+        Those that ask are about `topic`, and the plain answer would not show the behaviour
+        already: for French, prompts in English whose answer has words.
+        """
+        world = World()
+        rewriter, reader = Rewriter(world), Reader(world)
+        asking: list[str] = []
+        others: list[str] = []
+        for x in world.stream(split, seed=seed):
+            if x.topic != topic:
+                others.append(x.prompt)
+            elif not rewriter.shows(x.prompt, x.response, guideline):
+                wanted = rewriter.rewrite(x.prompt, x.response, guideline)
+                if rewriter.shows(x.prompt, wanted, guideline):
+                    asking.append(x.prompt)
+            if len(asking) >= n_asking and len(others) >= n_others:
+                break
+        return cls(
+            model,
+            tokenizer,
+            asking[:n_asking],
+            others[:n_others],
+            shows=lambda prompt, text: rewriter.shows(prompt, text, guideline),
+            right=lambda prompt, text: rewriter.is_right(prompt, text, guideline),
+            right_plain=lambda prompt, text: reader.grade(prompt, text).exact,
+        )
+
+    def __call__(self, attached: AbstractContextManager | None = None) -> Shown:
+        """Answers every prompt, inside `attached` (`adapter.attached(model)`, say)."""
+        with attached or contextlib.nullcontext():
+            asked, others = self._answers(self.asking), self._answers(self.others)
+        n, m = len(asked), len(others)
+        rows = list(zip(self.others, others, self._plain, self._plain_right, strict=True))
+        return Shown(
+            shows=sum(map(self._shows, self.asking, asked)) / n,
+            right=sum(map(self._right, self.asking, asked)) / n,
+            same=sum(text == plain for _, text, plain, _ in rows) / m,
+            unchanged=sum(
+                text == plain or (was_right and self._right_plain(prompt, text))
+                for prompt, text, plain, was_right in rows
+            )
+            / m,
+        )
+
+    def share(self, attached: AbstractContextManager | None = None) -> float:
+        """`shows` alone, at less than half the cost."""
+        with attached or contextlib.nullcontext():
+            asked = self._answers(self.asking)
+        return sum(map(self._shows, self.asking, asked)) / len(asked)
+
+    def _answers(self, prompts: list[str]) -> list[str]:
+        distinct = list(dict.fromkeys(prompts))
+        texts = answer(self.model, self.tokenizer, distinct, max_new_tokens=MAX_NEW_TOKENS)
+        return [dict(zip(distinct, texts, strict=True))[prompt] for prompt in prompts]
+
+
+@torch.no_grad()
+def towards_french(
+    adapter: SaeLora, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[float, float]:
+    """Of what the adapter writes into the built-in world's model, how much favours French.
+
+    A written latent favours French if, written with its sign, it raises the mean logit of the
+    tokens that only French has over that of those that only English has.
+
+    Returns:
+        The share of latents, and of the squared write weight.
+    """
+    reader = Reader(World())
+    columns: dict[str, list[int]] = {"fr": [], "en": []}
+    for token, index in tokenizer.get_vocab().items():
+        languages = reader.languages(token)
+        if len(languages) == 1:
+            columns[languages.pop()].append(index)
+    rows = logit_attribution(adapter, model)
+    favours = (rows[:, columns["fr"]].mean(1) > rows[:, columns["en"]].mean(1)).double().cpu()
+    weights = adapter.write_weights.square().sum(0)[adapter.write_support].double().cpu()
+    return float(favours.mean()), float((favours * weights).sum() / weights.sum())

@@ -1,0 +1,87 @@
+"""What an attached SAE-LoRA costs beside its dictionary: `python -m tests.bench_sae_lora`.
+
+ms of one thread on a CPU, without gradients: the dictionary's own `encode`, and `adapter(x)` with
+32 read and 32 write latents, which is all that attaching it adds to a forward pass. Both take
+turns, so that a drift of the machine's speed meets both; the ratio is the median over the turns.
+"""
+
+import statistics
+import time
+
+import torch
+
+from lib import paths
+from lib.adapters.config import SaeLoraConfig
+from lib.adapters.sae_lora import SaeLora
+from lib.dictionaries import Dictionary, DictionaryConfig
+from lib.dictionaries.sparsity import JumpReLU, TopK
+from lib.models import load_model, read
+
+SITE = "blocks.1.hook_resid_post"
+N_TOKENS, N_LATENTS, SECONDS = 512, 32, 6.0
+
+
+def random_dictionary(d: int, d_sae: int, rule, x: torch.Tensor) -> Dictionary:
+    """Random unit rows; a JumpReLU threshold that about 1 % of the pre-activations pass."""
+    config = DictionaryConfig(site_dims=(d,), d_sae=d_sae, rule=rule, hook_names=(SITE,))
+    dictionary = Dictionary(config).requires_grad_(False)
+    if isinstance(rule, JumpReLU):
+        dictionary.log_threshold.fill_(
+            dictionary.pre_acts(x[:64]).quantile(0.99, dim=1).mean().log()
+        )
+    return dictionary
+
+
+def restricted_to_active(dictionary: Dictionary, x: torch.Tensor) -> SaeLora:
+    """Reads the latents that fire most often, writes others."""
+    adapter = SaeLora(dictionary, SaeLoraConfig(n_read=N_LATENTS, n_write=N_LATENTS))
+    often = (dictionary.encode(x) > 0).sum(0).argsort(descending=True)
+    masks = torch.zeros(2, adapter.d_sae, dtype=torch.bool)
+    masks[0, often[:N_LATENTS]] = True
+    masks[1, often[N_LATENTS : 2 * N_LATENTS]] = True
+    adapter = adapter.restricted(read=masks[0], write=masks[1])
+    adapter.scale.fill_(1.0)
+    assert len(adapter.read_support) == len(adapter.write_support) == N_LATENTS
+    assert not torch.equal(adapter(x), x)
+    return adapter
+
+
+def measure(name: str, dictionary: Dictionary, x: torch.Tensor) -> None:
+    adapter = restricted_to_active(dictionary, x)
+    functions = (lambda: dictionary.encode(x), lambda: adapter(x))
+    taken: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(taken[0]) < 8:
+        for spent, function in zip(taken, functions, strict=True):
+            start = time.perf_counter()
+            function()
+            spent.append(1000 * (time.perf_counter() - start))
+    encode, added = (statistics.median(spent[3:]) for spent in taken)
+    ratio = statistics.median(b / a for a, b in zip(*(spent[3:] for spent in taken), strict=True))
+    print(
+        f"{name:28s} encode {encode:8.2f} ms, adapter {added:8.2f} ms, ratio {ratio:.2f} "
+        f"(median of {len(taken[0]) - 3})",
+        flush=True,
+    )
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, _ = load_model(paths.shipped_dir() / "models" / "tiny-gemma2")
+    ids = torch.randint(6, model.config.vocab_size, (8, N_TOKENS // 8))
+    with read(model, [SITE], stop=True) as acts:
+        model(input_ids=ids)
+    x = acts[SITE].flatten(0, 1).clone()
+    shipped = Dictionary.load(paths.shipped_dir() / "saes" / "tiny-gemma2" / "topk")
+    print(f"{N_TOKENS} tokens, {N_LATENTS} latents read and as many written, 1 thread; bar: 1.1")
+    measure("128 x 1024 TopK (shipped)", shipped, x)
+    measure("128 x 1024 JumpReLU", random_dictionary(128, 1024, JumpReLU(), x), x)
+    x = torch.randn(N_TOKENS, 2304)
+    measure("2304 x 16384 JumpReLU", random_dictionary(2304, 16384, JumpReLU(), x), x)
+    measure("2304 x 16384 TopK 32", random_dictionary(2304, 16384, TopK(k=32), x), x)
+
+
+if __name__ == "__main__":
+    main()
