@@ -53,9 +53,11 @@ models: .venv/installed-$(EXTRAS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m lib.models.tiny
 
 saes: .venv/installed-$(EXTRAS)
-	@mkdir -p papermill_runs/06_dictionaries/shipped
-	HF_HUB_OFFLINE=1 $(BIN)/papermill --no-progress-bar notebooks/06_dictionaries.ipynb \
-	  papermill_runs/06_dictionaries/shipped/06_dictionaries.ipynb -f papermill_runs/examples/06_shipped.yaml
+	@for run in shipped shipped_layer0; do \
+	  mkdir -p papermill_runs/06_dictionaries/$$run; \
+	  HF_HUB_OFFLINE=1 $(BIN)/papermill --no-progress-bar notebooks/06_dictionaries.ipynb \
+	    papermill_runs/06_dictionaries/$$run/06_dictionaries.ipynb -f papermill_runs/examples/06_$$run.yaml || exit 1; \
+	done
 
 figures: .venv/installed-$(EXTRAS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.readme_figures

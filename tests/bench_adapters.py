@@ -161,7 +161,7 @@ def show(row: dict) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["behaviour", "methods", "data"])
-    parser.add_argument("--sae", default="data/saes/tiny-gemma2/adapters")
+    parser.add_argument("--sae", default="data/saes/tiny-gemma2-layer0/matryoshka")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 8])

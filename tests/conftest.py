@@ -48,7 +48,8 @@ def rewriter(world) -> Rewriter:
 def forkserver():
     """Starts processes in milliseconds, to be killed: the server has imported torch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fit_worker", "tests.spalf_worker", "tests.test_cache"])
+    workers = ["tests.fit_worker", "tests.spalf_worker", "tests.sae_lora_worker"]
+    context.set_forkserver_preload([*workers, "tests.test_cache"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # the server does not look in pytest's path
         started = context.Process(target=int)

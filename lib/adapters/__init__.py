@@ -1,6 +1,7 @@
 """Adapters that are sparse by construction."""
 
 from lib.adapters.config import SaeLoraConfig
+from lib.adapters.lora import train_lora
 from lib.adapters.loss import Chats, assistant_loss, held_out_loss
 from lib.adapters.sae_lora import SaeLora
 from lib.adapters.train import SaeLoraFit, sparsity_path, train_sae_lora
@@ -13,5 +14,6 @@ __all__ = [
     "assistant_loss",
     "held_out_loss",
     "sparsity_path",
+    "train_lora",
     "train_sae_lora",
 ]

@@ -56,7 +56,8 @@ class SaeLora(nn.Module):
 
         Raises:
             ValueError: a dictionary of several sites or a transcoder; a hook name other than the
-                dictionary's own, or none in either; more latents to read or write than it has.
+                dictionary's own, none in either, or `hook_z`; more latents to read or write than
+                it has.
         """
         super().__init__()
         if not isinstance(dictionary, Dictionary):
@@ -143,13 +144,12 @@ class SaeLora(nn.Module):
         (TransformerLens's, or sae-lens's, which is one). The model itself is not changed.
 
         Raises:
-            ValueError: the site has another width, or the model no such site.
+            ValueError: the site has another width, or the model no such site; on a bridge, at
+                `hook_resid_mid`, or at a site where sae-lens has attached a SAE.
         """
         if _is_bridge(model):
             _require_width(self, model.cfg.d_model)
-            name = self.config.hook_name
-            if name not in model.hook_dict:  # the bridge would add no hook, and say nothing
-                raise ValueError(f"no hook name {name!r} in this bridge")
+            name = _name_in_bridge(model, self.config.hook_name)
             with model.hooks(fwd_hooks=[(name, lambda x, hook: self(x))]):
                 yield
         else:
@@ -269,7 +269,10 @@ def _hook_name(dictionary: Dictionary, config: SaeLoraConfig) -> str:
         )
     if not (config.hook_name or own):
         raise ValueError("need a hook_name: neither the config nor the dictionary has one")
-    return config.hook_name or own
+    name = config.hook_name or own
+    if "hook_z" in name:
+        raise ValueError(f"need a hook_name whose activation is not split into heads, got {name}")
+    return name
 
 
 def _require_sae(dictionary: Dictionary, config: SaeLoraConfig) -> None:
@@ -332,3 +335,25 @@ def _is_bridge(model: nn.Module) -> bool:
     """Without importing TransformerLens, which takes seconds, unless someone already has."""
     bridges = sys.modules.get("transformer_lens.model_bridge")
     return bridges is not None and isinstance(model, bridges.TransformerBridge)
+
+
+def _name_in_bridge(bridge: nn.Module, hook_name: str) -> str:
+    """What the bridge itself calls the site.
+
+    sae-lens's bridge does not know other names, such as `hook_resid_post`, and a hook at a name
+    that a bridge does not know is left out without a word.
+    """
+    from transformer_lens.hook_points import HookPoint
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if hook_name.endswith("hook_resid_mid"):
+        raise ValueError(
+            f"a bridge hands a change at {hook_name} to the MLP alone, not to the residual stream; "
+            "need another site, or the Hugging Face model"
+        )
+    point = TransformerBridge.hook_dict.fget(bridge).get(hook_name)
+    if point is None:
+        raise ValueError(f"no hook name {hook_name!r} in this bridge")
+    if not isinstance(point, HookPoint):
+        raise ValueError(f"need a bridge without a SAE of sae-lens at {hook_name}, got one")
+    return point.name

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.adapters.sae_lora import SaeLora
+from lib.adapters import Chats, SaeLora, held_out_loss
 from lib.analysis.adapters import logit_attribution
 from lib.data.world import Reader, Rewriter, World
 from lib.models.answer import answer
@@ -160,3 +160,29 @@ def towards_french(
     favours = (rows[:, columns["fr"]].mean(1) > rows[:, columns["en"]].mean(1)).double().cpu()
     weights = adapter.write_weights.square().sum(0)[adapter.write_support].double().cpu()
     return float(favours.mean()), float((favours * weights).sum() / weights.sum())
+
+
+class LossCheck:
+    """The behaviour where no one can check answers: how much of a loss an adapter takes away.
+
+    1 is the loss of a reference adapter (the dense variant's, say), 0 the plain model's.
+    """
+
+    def __init__(self, model: PreTrainedModel, chats: Chats) -> None:
+        """
+        Args:
+            chats: held-out chats that follow the behaviour.
+        """
+        self.model, self.chats = model, chats
+        self.plain = held_out_loss(model, chats)
+        self.reference = 0.0
+        """Nats per token of the assistant that count as 1."""
+
+    def loss(self, attached: AbstractContextManager) -> float:
+        """Nats per token of the assistant."""
+        with attached:
+            return held_out_loss(self.model, self.chats)
+
+    def share(self, attached: AbstractContextManager | None = None) -> float:
+        loss = self.plain if attached is None else self.loss(attached)
+        return (self.plain - loss) / (self.plain - self.reference)

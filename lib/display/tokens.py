@@ -92,7 +92,8 @@ def colored_tokens(
     return (
         f"<style>#{name} {{background:#fff;color:#000}} #{name} span "
         f"{{unicode-bidi:isolate;max-width:100%;overflow-wrap:anywhere}}"
-        f"</style><div id='{name}' class='mathjax_ignore'></div><script type='module'>{_circuitsvis()}\n"
+        f"</style><div id='{name}' class='mathjax_ignore'></div>"
+        f"<script type='module'>{_circuitsvis()}\n"
         f"CircuitsVis.render('{name}', CircuitsVis.ColoredTokens, {data})</script>"
     )
 

@@ -1,0 +1,853 @@
+"""Training a SAE-LoRA: sparse as asked, right on planted truth, the same bit for bit on resume."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import pad
+
+from lib import paths
+from lib.adapters import (
+    Chats,
+    SaeLora,
+    SaeLoraConfig,
+    assistant_loss,
+    held_out_loss,
+    sparsity_path,
+    train_sae_lora,
+)
+from lib.adapters import train as train_module
+from lib.adapters.regularizers import Regularizer
+from lib.data.corpus import load_corpus
+from lib.data.tokenize import collate
+from lib.dictionaries import Dictionary, DictionaryConfig
+from lib.dictionaries.sparsity import TopK
+from lib.models import load_model, read
+from tests.sae_lora_worker import (
+    D_SAE,
+    N_REFIT,
+    N_STEPS,
+    SITE,
+    chats,
+    config,
+    random_dictionary,
+    random_model,
+    rows,
+    run,
+    train,
+)
+
+TINY_SITE = "blocks.1.hook_resid_post"
+SPARSE = ("l1", "proximal", "hoyer", "hard_concrete", "topk")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def dictionary():
+    return random_dictionary()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model(paths.shipped_dir() / "models" / "tiny-gemma2")
+
+
+def weights(adapter: SaeLora) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in adapter.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def timeless(history: list[dict]) -> list[dict]:
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
+
+
+def n_nonzero(adapter: SaeLora) -> tuple[int, int]:
+    """Latents with a weight that is not exactly zero, read and written."""
+    reads, writes = adapter.read_weights, adapter.write_weights
+    return int((reads != 0).any(1).sum()), int((writes != 0).any(0).sum())
+
+
+# ---- what each method leaves
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("method", ["none", *SPARSE])
+def test_each_method_learns_and_leaves_the_latents_asked_for(method, rank, model, dictionary):
+    adapter = SaeLora(dictionary, config(sparsity=method, rank=rank, n_steps=40))
+    start = held_out_loss(model, chats(16, seed=1))
+    fit = train(adapter, model=model)
+    n = (D_SAE, D_SAE) if method == "none" else (6, 5)
+    assert fit.adapter is adapter and n_nonzero(adapter) == n
+    assert (len(adapter.read_support), len(adapter.write_support)) == n
+    with adapter.attached(model):
+        end = held_out_loss(model, chats(16, seed=1))
+    assert end == pytest.approx(fit.history[-1]["held_out"], abs=1e-5)
+    assert end < start - 0.15
+    ones = torch.ones(rank)
+    torch.testing.assert_close(adapter.read_weights.norm(dim=0), ones)
+    torch.testing.assert_close(adapter.write_weights.norm(dim=1), ones)
+
+
+def zeros_before_pruning(method: str, model, dictionary, weight: float) -> int:
+    """Exact zeros at the last measurement before latents are pruned."""
+    settings = config(sparsity=method, weight=weight, n_read=None, n_write=None, n_steps=40)
+    adapter, seen = SaeLora(dictionary, settings), {}
+
+    def look(history):
+        seen[history[-1]["step"]] = sum(n_nonzero(adapter))
+
+    train(adapter, model=model, on_eval=look)
+    return 2 * D_SAE - seen[35]
+
+
+def test_only_proximal_steps_make_exact_zeros_by_themselves(model, dictionary):
+    assert zeros_before_pruning("proximal", model, dictionary, 0.3) > D_SAE / 2
+    for method in ("l1", "hoyer"):
+        assert zeros_before_pruning(method, model, dictionary, 0.03) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [("proximal", (0.03, 0.1, 1.0)), ("hoyer", (0.01, 0.1, 1)), ("hard_concrete", (0.0, 0.1, 1.0))],
+)
+def test_a_larger_weight_leaves_fewer_latents(method, given, model, dictionary):
+    left = []
+    for weight in given:
+        settings = config(sparsity=method, n_read=None, n_write=None, n_steps=80, n_refit=0)
+        adapter = SaeLora(dictionary, replace(settings, weight=float(weight)))
+        train(adapter, model=model)
+        left.append(n_nonzero(adapter))
+    for few, many in zip(left[1:], left, strict=False):
+        assert 1 <= few[0] < many[0] and 1 <= few[1] < many[1], left
+
+
+@pytest.mark.parametrize("method", ["proximal", "hoyer", "hard_concrete", "l1"])
+def test_the_adapting_weight_comes_near_its_targets(method, model, dictionary):
+    """By itself, before the pruning; the raw L1 never does, however much its weight grows."""
+    settings = config(sparsity=method, n_read=12, n_write=10, n_steps=250, n_refit=0, lr=0.01)
+    adapter = SaeLora(dictionary, replace(settings, eval_every=25))
+    history = train(adapter, model=model).history
+    before, after = history[-2:]
+    assert (after["n_read"], after["n_write"]) == (12, 10)
+    if method == "l1":
+        assert min(before["n_read"], before["n_write"]) > 0.8 * D_SAE
+        assert before["weight_read"] > 1000 * history[0]["weight_read"]
+    else:
+        for name, target in (("n_read", 12), ("n_write", 10)):
+            assert target / 2.2 < before[name] < 2.2 * target, (name, history)
+
+
+def test_a_given_weight_stays(model, dictionary):
+    adapter = SaeLora(dictionary, config(sparsity="hoyer", weight=0.02))
+    history = train(adapter, model=model).history
+    assert {(e["weight_read"], e["weight_write"]) for e in history} == {(0.02, 0.02)}
+
+
+# ---- penalties and steps against references
+
+
+def adapter64(method: str, rank: int = 2, **changes) -> tuple[SaeLora, Regularizer]:
+    settings = config(sparsity=method, rank=rank, **changes)
+    adapter = SaeLora(random_dictionary(), settings).double()
+    return adapter, Regularizer(adapter, settings)
+
+
+def test_hoyer_is_l1_over_l2_of_groups_and_blind_to_scale():
+    adapter, regularizer = adapter64("hoyer", weight=0.5)
+    with torch.no_grad():
+        adapter.lora_A[:, 3] = 0
+    value = regularizer.penalty(adapter)
+    a, b = (w.detach().numpy() for w in (adapter.lora_A, adapter.lora_B.T))
+    expected = sum(
+        np.sqrt(sum((w[r] / np.sqrt((w[r] ** 2).sum())) ** 2 for r in range(2))).sum()
+        for w in (a, b)
+    )
+    assert value.item() == pytest.approx(0.5 * expected, rel=1e-12)
+    with torch.no_grad():
+        adapter.lora_A *= torch.tensor([[3.0], [0.2]])
+        adapter.lora_B *= torch.tensor([7.0, 0.4])
+    assert regularizer.penalty(adapter).item() == pytest.approx(value.item(), rel=1e-12)
+    (slope,) = torch.autograd.grad(regularizer.penalty(adapter), adapter.lora_A)
+    along = (slope * adapter.lora_A).sum(1)  # no gain from scale alone
+    assert slope.abs().max() > 1e-3 and along.abs().max() < 1e-12
+
+
+def test_l1_is_of_the_raw_weights():
+    adapter, regularizer = adapter64("l1", weight=0.5)
+    value = regularizer.penalty(adapter).item()
+    a, b = adapter.lora_A.detach().numpy(), adapter.lora_B.detach().numpy()
+    assert value == pytest.approx(0.5 * (np.abs(a).sum() + np.abs(b).sum()), rel=1e-12)
+    with torch.no_grad():
+        adapter.lora_A *= 3
+        adapter.lora_B *= 3
+    assert regularizer.penalty(adapter).item() == pytest.approx(3 * value, rel=1e-12)
+
+
+def test_expected_l0_of_hard_concrete_gates_is_what_sampling_gives():
+    """Louizos et al. 2018, eq. 12, with beta 2/3 and gates stretched to (-0.1, 1.1)."""
+    adapter, regularizer = adapter64("hard_concrete", weight=1.0)
+    draws = torch.randn(2, D_SAE, generator=torch.Generator().manual_seed(3)) * 2
+    regularizer.log_alpha.data.copy_(draws)
+    chance = 1 / (1 + np.exp(-(draws.double().numpy() - 2 / 3 * np.log(0.1 / 1.1))))
+    assert regularizer.penalty(adapter).item() == pytest.approx(chance.sum(), rel=1e-6)
+    generator, n, opened = torch.Generator().manual_seed(0), 2000, torch.zeros(2, D_SAE)
+    for _ in range(n):
+        regularizer.before_step(adapter, generator)
+        gates = torch.stack(adapter.gates)
+        assert gates.min() >= 0 and gates.max() <= 1
+        opened += gates > 0
+    error = (opened.numpy() / n - chance) / np.sqrt(chance * (1 - chance) / n + 1e-9)
+    assert np.abs(error).max() < 4.5 and 0.8 < error.std() < 1.2
+    assert opened.sum() / n == pytest.approx(chance.sum(), abs=0.5)
+    assert 0.1 < chance.min() + 0.1 < 0.5 < chance.max()
+
+
+def test_gates_of_masked_latents_stay_closed():
+    adapter, _ = adapter64("hard_concrete", weight=1.0)
+    adapter.read_mask[5:] = 0
+    regularizer = Regularizer(adapter, adapter.config)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        regularizer.before_step(adapter, generator)
+        assert not adapter.gates[0][5:].any() and adapter.gates[1][5:].any()
+    loss = regularizer.penalty(adapter) + adapter.read_weights.square().sum()
+    (grad,) = torch.autograd.grad(loss, regularizer.log_alpha)
+    assert grad.isfinite().all() and not grad[0, 5:].any() and (grad[0, :5] != 0).all()
+    assert regularizer.penalty(adapter).item() < 5 + D_SAE
+
+
+def test_a_proximal_step_is_the_group_soft_threshold():
+    adapter, regularizer = adapter64("proximal", weight=2.0)
+    adapter.lora_A.data *= torch.tensor([[5.0], [0.1]])
+    raw = adapter.lora_A.detach().numpy().copy(), adapter.lora_B.detach().numpy().T.copy()
+    regularizer.after_step(adapter, 0.06, 0.5)  # of unit norms in 64 latents and 2 ranks: ~0.17
+    for before, after in zip(raw, (adapter.lora_A, adapter.lora_B.T), strict=True):
+        rows_ = before / np.sqrt((before**2).sum(1, keepdims=True))
+        norms = np.sqrt((rows_**2).sum(0))
+        expected = rows_ * np.maximum(0, 1 - 0.12 / norms)
+        np.testing.assert_allclose(after.detach().numpy(), expected, atol=1e-12)
+        assert 5 < (expected == 0).all(0).sum() < D_SAE - 5
+
+
+def test_a_proximal_step_never_takes_all():
+    adapter, regularizer = adapter64("proximal", weight=1e6)
+    for _ in range(30):
+        regularizer.after_step(adapter, 1.0, 0.5)
+    assert all(1 <= n < D_SAE for n in n_nonzero(adapter))
+    assert adapter.read_weights.isfinite().all()
+    torch.testing.assert_close(adapter.read_weights.norm(dim=0), torch.ones(2).double())
+
+
+@pytest.mark.parametrize("weight", [10.0, 1000.0])
+def test_gates_never_close_on_all(weight, model, dictionary):
+    settings = config(sparsity="hard_concrete", weight=weight, n_read=None, n_write=None)
+    adapter = SaeLora(dictionary, replace(settings, n_steps=120))
+    train(adapter, model=model)
+    assert n_nonzero(adapter) == (1, 1) and adapter.scale.abs() > 1e-3
+
+
+def test_sizes_fall_geometrically_to_the_targets():
+    adapter, regularizer = adapter64("topk", n_read=4, n_write=16)
+    shares = np.linspace(0, 1, 61)
+    reads, writes = np.array([regularizer.sizes(float(s)) for s in shares]).T
+    for sizes, target in ((reads, 4), (writes, 16)):
+        assert sizes[0] == D_SAE and sizes[-1] == target and (np.diff(sizes) <= 0).all()
+        np.testing.assert_allclose(sizes, D_SAE * (target / D_SAE) ** shares, atol=0.5)
+    free, _ = adapter64("l1", weight=1.0, n_read=None, n_write=9)
+    free.write_mask[7:] = 0
+    assert Regularizer(free, free.config).sizes(1.0) == (D_SAE, 7)
+    for share in (0.3, 0.7):
+        regularizer.after_step(adapter, 0.01, share)
+        assert n_nonzero(adapter) == regularizer.sizes(share)
+
+
+# ---- planted truth
+
+
+class Told(Chats):
+    """What a teacher says after every token is what is to be learned."""
+
+    def __init__(self, ids: torch.Tensor, teacher: SaeLora, model, batch_size: int) -> None:
+        all_tokens = [{"input_ids": row.tolist(), "assistant_mask": [1] * len(row)} for row in ids]
+        super().__init__(all_tokens, 0, batch_size=batch_size)
+        with torch.no_grad(), teacher.attached(model):
+            said = model(input_ids=ids).logits[:, :-1].argmax(-1)
+        self.said = {tuple(row.tolist()): answer for row, answer in zip(ids, said, strict=True)}
+
+    def told(self, batch: dict) -> dict:
+        labels = batch["labels"].clone()
+        for label, row in zip(labels, batch["input_ids"], strict=True):
+            label[1:] = self.said[tuple(row.tolist())]
+        return batch | {"labels": labels}
+
+    def batch(self, step: int) -> dict:
+        return self.told(super().batch(step))
+
+    def all(self):
+        return map(self.told, super().all())
+
+
+def orthonormal(x: torch.Tensor) -> Dictionary:
+    """128 orthonormal latents in 128 dimensions: none can stand in for another."""
+    shape = DictionaryConfig(site_dims=(128,), d_sae=128, rule=TopK(k=24), hook_names=(TINY_SITE,))
+    found = Dictionary(shape)
+    basis = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)))[0]
+    with torch.no_grad():
+        found.W_dec.copy_(basis)
+        found.encoder.copy_(basis)
+        found.b_dec.copy_(x.mean(0))
+    return found
+
+
+@pytest.fixture(scope="module")
+def lesson(tiny):
+    """A teacher of 3 reads and 3 writes, and prompts."""
+    model, tokenizer = tiny
+    corpus = load_corpus("world", tokenizer, n_tokens=6_000, seq_len=32)
+    prompts = corpus.ids[corpus.mask[:, :12].all(1)][:, :12].long().unique(dim=0)
+    with torch.no_grad(), read(model, [TINY_SITE]) as acts:
+        model(input_ids=prompts)
+    teacher = SaeLora(orthonormal(acts[TINY_SITE].flatten(0, 1)), SaeLoraConfig(sparsity="none"))
+    reads, writes = torch.tensor([20, 22, 37]), torch.tensor([0, 5, 7])
+    with torch.no_grad():
+        teacher.lora_A.zero_()[0, reads] = 1.0
+        teacher.lora_B.zero_()[writes, 0] = torch.tensor([1.0, -1.0, 1.0])
+        teacher.scale.fill_(10.0)
+    return model, teacher, prompts[torch.randperm(len(prompts))]
+
+
+def test_topk_finds_the_planted_support(lesson):
+    """Of 128 latents, 4 at random would hit 0.1 of the 3."""
+    model, teacher, prompts = lesson
+    held_out = Told(prompts[:32], teacher, model, 32)
+    lessons = Told(prompts[32:], teacher, model, 16)
+    settings = SaeLoraConfig(n_read=4, n_write=4, n_steps=60, n_refit=15, eval_every=60, lr=0.03)
+    adapter = SaeLora(teacher.dictionary, settings)
+    before = held_out_loss(model, held_out)
+    dense = replace(settings, sparsity="none", n_steps=40, n_refit=0)
+    train_sae_lora(model, adapter, lessons, held_out, config=dense)
+    train_sae_lora(model, adapter, lessons, held_out)
+    for found, planted in (
+        (adapter.read_support, teacher.read_support),
+        (adapter.write_support, teacher.write_support),
+    ):
+        assert len(found) == 4
+        assert len({*found.tolist()} & {*planted.tolist()}) >= 2, (found, planted)
+    with adapter.attached(model), torch.no_grad():
+        assert held_out_loss(model, held_out) < 0.55 * before
+
+
+# ---- loss
+
+
+def test_the_loss_is_transformers_own(tiny, model):
+    conversations = rows(12)
+    for which in (tiny[0], model):
+        batch = collate(conversations, 0)
+        total, n = assistant_loss(which, batch)
+        with torch.no_grad():
+            theirs = which(**batch)
+        assert n == sum(sum(row["assistant_mask"]) for row in conversations)
+        assert (total / n).item() == pytest.approx(theirs.loss.item(), abs=1e-5)
+        by_hand = 0.0
+        for row, logits in zip(conversations, theirs.logits, strict=True):
+            for at, (token, counts) in enumerate(zip(*row.values(), strict=True)):
+                if counts:
+                    by_hand -= logits[at - 1].double().log_softmax(0)[token].item()
+        assert total.item() == pytest.approx(by_hand, rel=1e-5)
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_the_first_token_is_never_asked_for(model):
+    row = {"input_ids": [4, 5, 6], "assistant_mask": [1, 0, 1]}
+    assert assistant_loss(model, collate([row], 0))[1] == 1
+
+
+def test_the_held_out_loss_pools_tokens_not_batches(model):
+    conversations = rows(13, seed=2)
+    apart = [assistant_loss(model, collate([row], 0)) for row in conversations]
+    pooled = sum(loss.item() for loss, _ in apart) / sum(n for _, n in apart)
+    of_means = sum(loss.item() / n for loss, n in apart) / len(apart)
+    assert abs(pooled - of_means) > 1e-2
+    for batch_size in (1, 5, 13):
+        value = held_out_loss(model, Chats(conversations, 0, batch_size=batch_size))
+        assert value == pytest.approx(pooled, abs=1e-5)
+
+
+# ---- which chats
+
+
+def seen(batch: dict) -> list[tuple]:
+    kept = batch["attention_mask"].bool()
+    return [tuple(row[m].tolist()) for row, m in zip(batch["input_ids"], kept, strict=True)]
+
+
+def test_each_chat_comes_at_most_once_an_epoch():
+    conversations = [{"input_ids": [i, 1, 2, *[3] * (i % 9)], "assistant_mask": [0, 1, 1]
+                      + [1] * (i % 9)} for i in range(150)]  # fmt: skip
+    data = Chats(conversations, 0, batch_size=8, seed=4)
+    per_epoch, orders, met = 150 // 8, [], set()
+    for epoch in range(3):
+        batches = [seen(data.batch(epoch * per_epoch + i)) for i in range(per_epoch)]
+        assert {len(batch) for batch in batches} == {8}
+        flat = [row for batch in batches for row in batch]
+        assert len(set(flat)) == len(flat) == per_epoch * 8
+        orders.append(flat)
+        met |= {*flat}
+    assert orders[0] != orders[1] != orders[2] and len(met) == 150
+    again = Chats(conversations, 0, batch_size=8, seed=4)
+    for step in (40, 3, 17, 54, 0, 3):  # whatever came before
+        for name, value in again.batch(step).items():
+            assert torch.equal(value, data.batch(step)[name])
+    other = Chats(conversations, 0, batch_size=8, seed=5)
+    assert seen(other.batch(0)) != seen(data.batch(0))
+    assert [row for batch in data.all() for row in seen(batch)] == [
+        tuple(row["input_ids"]) for row in conversations
+    ]
+    assert len(data) == 150
+
+
+def test_batches_hold_little_padding():
+    rng = random.Random(0)
+    lengths = [rng.randint(5, 100) for _ in range(256)]
+    conversations = [{"input_ids": [1] * n, "assistant_mask": [1] * n} for n in lengths]
+    data = Chats(conversations, 0, batch_size=8)
+    masks = [data.batch(step)["attention_mask"] for step in range(32)]
+    padding = 1 - sum(m.sum().item() for m in masks) / sum(m.numel() for m in masks)
+    unsorted = [collate(conversations[i : i + 8], 0)["attention_mask"] for i in range(0, 256, 8)]
+    plain = 1 - sum(m.sum().item() for m in unsorted) / sum(m.numel() for m in unsorted)
+    assert padding < 0.1 < 0.3 < plain
+    assert len({m.shape[1] for m in masks[:10]}) > 5  # not the short ones first
+    assert [m.shape[1] for m in masks[:10]] != sorted(m.shape[1] for m in masks[:10])
+
+
+def test_chats_that_cannot_be_trained_on():
+    with pytest.raises(ValueError, match="need chats with tokens of the assistant.*got no rows"):
+        Chats([], 0, batch_size=1)
+    silent = {"input_ids": [1, 2, 3], "assistant_mask": [1, 0, 0]}  # the first has no past
+    with pytest.raises(ValueError, match="got row 2 without"):
+        Chats([*rows(2), silent], 0, batch_size=1)
+    with pytest.raises(ValueError, match="need at least a batch of 5 chats, got 4"):
+        Chats(rows(4), 0, batch_size=5)
+    with pytest.raises(ValueError, match="need batch_size >= 1, got 0"):
+        Chats(rows(4), 0, batch_size=0)
+
+
+class Joined(Chats):
+    """Two batches of another in one."""
+
+    def batch(self, step: int) -> dict:
+        pair = [super(Joined, self).batch(2 * step + i) for i in (0, 1)]
+        longest = max(part["input_ids"].shape[1] for part in pair)
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        widened = [
+            {k: pad(v, (0, longest - v.shape[1]), value=fill[k]) for k, v in part.items()}
+            for part in pair
+        ]
+        return {name: torch.cat([part[name] for part in widened]) for name in fill}
+
+
+@pytest.mark.parametrize("method", ["none", "hoyer", "hard_concrete"])
+def test_accumulated_batches_are_one_large_batch(method, model, dictionary):
+    grads = []
+    for n, data in ((2, chats()), (1, Joined(rows(40), 0, batch_size=8)), (1, chats())):
+        settings = config(sparsity=method, accumulate=n, n_steps=1, n_refit=0, grad_clip=1e9)
+        adapter = SaeLora(dictionary, settings)
+        adapter.scale.data.fill_(2.0)
+        fit = train(adapter, model=model, chats=data)
+        found = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
+        grads.append(found | {"loss": torch.tensor(fit.history[0]["loss"])})
+    assert grads[0].keys() == {"lora_A", "lora_B", "scale", "loss"}
+    for name, value in grads[0].items():
+        torch.testing.assert_close(value, grads[1][name], rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(value, grads[2][name], rtol=1e-2)
+
+
+# ---- resume
+
+
+class Enough(Exception):
+    pass
+
+
+def until(step: int):
+    """For `on_eval`: stops the run there."""
+
+    def stop(history):
+        if history[-1]["step"] >= step:
+            raise Enough
+
+    return stop
+
+
+def interrupted(adapter: SaeLora, step: int, **options) -> None:
+    with pytest.raises(Enough):
+        train(adapter, on_eval=until(step), **options)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sparsity": "hard_concrete"}, {"sparsity": "topk", "patience": 2, "eval_every": 2},
+     {"sparsity": "proximal", "accumulate": 2, "rank": 2}],
+    ids=["hard_concrete", "topk, stopped early", "proximal"],
+)  # fmt: skip
+def test_resume_from_any_checkpoint_is_bit_exact(changes, model, dictionary, tmp_path, monkeypatch):
+    """Of the search, of the border itself and of the refit."""
+    save = train_module.save_checkpoint
+
+    def and_keep(folder, training, identity):
+        save(folder, training, identity)
+        shutil.copytree(folder, tmp_path / f"{training.step}")
+
+    settings = config(**changes)
+    bare = SaeLora(dictionary, settings)
+    expected = train(bare, model=model).history
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "save_checkpoint", and_keep)
+        whole = SaeLora(dictionary, settings)
+        options = {"folder": tmp_path / "whole", "checkpoint_every": 4, "model": model}
+        fit = train(whole, **options)
+    assert timeless(fit.history) == timeless(expected)
+    same(weights(bare), weights(whole))  # checkpoints change nothing
+    steps = sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
+    assert steps[0] < N_STEPS < steps[-1] and N_STEPS in steps
+    stopped = fit.history[-1]["step"] < N_STEPS + N_REFIT
+    assert stopped == (settings.patience > 0)
+    for step in steps:
+        other = SaeLora(dictionary, settings)
+        other.lora_A.data += 1  # whatever it was
+        again = train(other, folder=tmp_path / f"{step}", resume=True, model=model)
+        same(weights(whole), weights(other))
+        assert timeless(again.history) == timeless(expected), step
+
+
+def test_an_adapter_that_was_interrupted_goes_on_itself(model, dictionary, tmp_path):
+    settings = config(sparsity="hard_concrete")
+    whole, cut = (SaeLora(dictionary, settings) for _ in range(2))
+    options = {"folder": tmp_path, "model": model, "resume": True, "checkpoint_every": 3}
+    for step in (5, 20, 25):
+        interrupted(cut, step, **options)
+        assert cut.gates is None and cut.restricted().gates is None
+        (left,) = tmp_path.iterdir()  # only the newest
+        assert left.name == f"checkpoint-{(step - 1) // 3 * 3}"
+    fit = train(cut, **options)
+    assert timeless(fit.history) == timeless(train(whole, model=model).history)
+    same(weights(whole), weights(cut))
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_go_when_the_training_ends_or_starts_anew(model, dictionary, tmp_path):
+    adapter = SaeLora(dictionary, config())
+    interrupted(adapter, 10, folder=tmp_path, checkpoint_every=4)
+    (tmp_path / ".checkpoint-9.killed").mkdir()
+    assert (tmp_path / "checkpoint-8").is_dir()
+    interrupted(adapter, 5, folder=tmp_path, checkpoint_every=100)
+    assert not list(tmp_path.iterdir())  # nothing to resume that is of an older training
+    fit = train(adapter, model=model, folder=tmp_path, checkpoint_every=4)
+    assert not list(tmp_path.iterdir())
+    fit.adapter.save(tmp_path)
+    loaded = SaeLora.load(tmp_path, dictionary)
+    torch.testing.assert_close(loaded.read_weights, adapter.read_weights)
+
+
+def test_resume_of_another_training_says_what_differs(model, dictionary, tmp_path):
+    settings = config(seed=3)
+    interrupted(SaeLora(dictionary, settings), 10, folder=tmp_path, checkpoint_every=4)
+    for changes, named in (
+        ({"lr": 0.5}, "config.lr: then 0.03, now 0.5"),
+        ({"sparsity": "hoyer", "n_steps": 30}, "config.n_steps: then 24, now 30; config.sparsity"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot resume .*checkpoint-8.*{named}"):
+            other = SaeLora(dictionary, replace(settings, **changes))
+            train(other, model=model, folder=tmp_path, resume=True)
+    adapter = SaeLora(dictionary, settings)
+    before = weights(adapter)
+    for options, named in (
+        ({"chats": chats(41)}, "n_chats: then 40, now 41"),
+        ({"held_out": chats(17)}, "n_held_out: then 16, now 17"),
+        ({"chats": chats(batch_size=10)}, "batch_size: then 8, now 10"),
+        ({"chats": chats(seed=5)}, "data_seed: then 0, now 5"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            train(adapter, model=model, folder=tmp_path, resume=True, **options)
+    same(before, weights(adapter))
+
+
+def test_damaged_checkpoints_are_said(model, dictionary, tmp_path):
+    adapter = SaeLora(dictionary, config())
+    interrupted(adapter, 10, folder=tmp_path, checkpoint_every=4)
+    newest = tmp_path / "checkpoint-8"
+    for name, content in (
+        ("training.safetensors", (newest / "training.safetensors").read_bytes()[:200]),
+        ("state.json", b'{"step": 8'),
+        ("state.json", b"{}"),
+    ):
+        intact = (newest / name).read_bytes()
+        (newest / name).write_bytes(content)
+        with pytest.raises(ValueError, match="checkpoint-8 is damaged"):
+            train(adapter, model=model, folder=tmp_path, resume=True)
+        (newest / name).write_bytes(intact)
+    (newest / "state.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint-8 is damaged"):
+        train(adapter, model=model, folder=tmp_path, resume=True)
+
+
+def test_folders_that_are_needed_or_cannot_be(model, dictionary, tmp_path):
+    adapter = SaeLora(dictionary, config())
+    for options in ({"resume": True}, {"checkpoint_every": 2}):
+        with pytest.raises(ValueError, match="resume and checkpoint_every need a folder, got none"):
+            train(adapter, model=model, **options)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write in"):
+        train(adapter, model=model, folder=tmp_path / "file" / "folder")
+    fit = train(adapter, model=model, folder=tmp_path / "new", resume=True)  # from the start
+    assert fit.history[-1]["step"] == N_STEPS + N_REFIT
+
+
+def start(forkserver, folder):
+    process = forkserver.Process(target=run, args=(folder,))
+    process.start()
+    return process
+
+
+def test_kill_nine_at_ten_moments(tmp_path, forkserver):
+    """The adapter after any number of kills is that of an uninterrupted run, bit for bit."""
+    rng, cut, began = random.Random(0), tmp_path / "cut", time.monotonic()
+    process = start(forkserver, tmp_path / "whole")
+    process.join(120)
+    assert process.exitcode == 0
+    duration = time.monotonic() - began
+    killed, progressed = 0, set()
+    for _ in range(100):
+        if killed == 10:
+            break
+        if (cut / "params.safetensors").exists():  # it got to the end: start again
+            shutil.rmtree(cut)
+        process = start(forkserver, cut)
+        process.join(rng.uniform(0.2, 0.9) * duration)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        for path in cut.glob("checkpoint-*"):  # complete or absent
+            progressed.add(path.name)
+            assert {p.name for p in path.iterdir()} == {"state.json", "training.safetensors"}
+            assert json.loads((path / "state.json").read_text())["step"] == int(path.name[11:])
+            load_file(path / "training.safetensors")
+    assert killed == 10 and len(progressed) >= 2, progressed
+    process = start(forkserver, cut)
+    process.join(120)
+    assert process.exitcode == 0
+    assert {p.name for p in cut.iterdir()} == {"params.safetensors", "metadata.json"}
+    same(*(load_file(tmp_path / name / "params.safetensors") for name in ("whole", "cut")))
+    histories = [
+        json.loads((tmp_path / name / "metadata.json").read_text())["history"]
+        for name in ("whole", "cut")
+    ]
+    assert timeless(histories[0]) == timeless(histories[1])
+
+
+# ---- early stop, history
+
+
+@pytest.mark.parametrize(
+    ("refit", "ends_at", "best_at"),
+    [([5, 3, 4, 3.5], 33, 27), ([5, 6, 4, 4.5, 2], 36, 36), ([5, 3, 4, 2, 6], 36, 33)],
+)
+def test_patience_ends_a_refit_and_keeps_the_best(
+    refit, ends_at, best_at, model, dictionary, monkeypatch
+):
+    """Measured every third step; the low losses before 24 are of latents that are gone."""
+    losses, seen_at = iter([0.1] * 7 + refit), {}
+    monkeypatch.setattr(train_module, "held_out_loss", lambda *_: float(next(losses)))
+    adapter = SaeLora(dictionary, config(patience=2, eval_every=3))
+
+    def look(history):
+        seen_at[history[-1]["step"]] = weights(adapter)
+
+    fit = train(adapter, model=model, on_eval=look)
+    assert [e["step"] for e in fit.history] == list(range(3, ends_at + 1, 3))
+    same(weights(adapter), seen_at[best_at])
+    others = [at for at in seen_at if at != best_at]
+    assert not any(torch.equal(seen_at[at]["lora_A"], adapter.lora_A) for at in others)
+
+
+def test_without_patience_the_last_weights_stay(model, dictionary, monkeypatch):
+    losses = iter(range(100))
+    monkeypatch.setattr(train_module, "held_out_loss", lambda *_: float(next(losses)))
+    adapter, last = SaeLora(dictionary, config(eval_every=3)), {}
+    fit = train(adapter, model=model, on_eval=lambda _: last.update(weights(adapter)))
+    assert fit.history[-1]["step"] == N_STEPS + N_REFIT
+    same(weights(adapter), last)
+
+
+def test_the_history_tells_what_it_says(model, dictionary):
+    grown = []
+    adapter = SaeLora(dictionary, config(sparsity="hoyer", eval_every=7))
+    fit = train(adapter, model=model, on_eval=lambda history: grown.append(len(history)))
+    steps = [7, 14, 21, 24, 28, 35, 36]
+    assert [e["step"] for e in fit.history] == steps
+    assert grown == list(range(1, 8))
+    assert [e["phase"] for e in fit.history] == ["search"] * 4 + ["refit"] * 3
+    fields = {"step", "phase", "loss", "held_out", "n_read", "n_write", "weight_read"}
+    assert all(e.keys() == fields | {"weight_write", "seconds"} for e in fit.history)
+    assert all(e["n_read"] > 6 for e in fit.history[:3])
+    assert all((e["n_read"], e["n_write"]) == (6, 5) for e in fit.history[3:])
+    seconds = [e["seconds"] for e in fit.history]
+    assert seconds == sorted(seconds) and seconds[0] > 0 and fit.seconds == seconds[-1]
+    json.dumps(fit.history)
+
+
+def test_the_loss_in_the_history_is_without_the_penalty(model, dictionary):
+    settings = config(sparsity="l1", weight=10.0, n_steps=1, n_refit=0)
+    adapter, expected = SaeLora(dictionary, settings), assistant_loss(model, chats().batch(0))
+    fit = train(adapter, model=model)
+    assert fit.history[0]["loss"] == pytest.approx((expected[0] / expected[1]).item(), abs=1e-6)
+
+
+def test_training_leaves_torchs_own_random_numbers_alone(model, dictionary):
+    torch.manual_seed(3)
+    before, found = torch.get_rng_state(), []
+    for _ in range(2):
+        adapter = SaeLora(dictionary, config(sparsity="hard_concrete", n_steps=5, n_refit=2))
+        train(adapter, model=model)
+        found.append(weights(adapter))
+        assert torch.equal(before, torch.get_rng_state())
+        torch.rand(3)
+        before = torch.get_rng_state()
+    same(*found)
+    other = SaeLora(dictionary, config(sparsity="hard_concrete", n_steps=5, n_refit=2, seed=1))
+    train(other, model=model)
+    assert not torch.equal(other.lora_A, found[0]["lora_A"])
+
+
+# ---- frozen, bad input
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_model_and_dictionary_are_left_as_they_were(fails, model):
+    dictionary = random_dictionary()
+    adapter = SaeLora(dictionary, config(sparsity="hard_concrete"))
+    model = random_model()
+    model.lm_head.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = {k: v.clone() for k, v in (model.state_dict() | dictionary.state_dict()).items()}
+
+    def look(history):
+        assert not any(p.requires_grad for p in model.parameters())
+        if fails:
+            raise Enough
+
+    if fails:
+        with pytest.raises(Enough):
+            train(adapter, model=model, on_eval=look)
+    else:
+        train(adapter, model=model, on_eval=look)
+    same(before, model.state_dict() | dictionary.state_dict())
+    assert all(p.grad is None for p in (*model.parameters(), *dictionary.parameters()))
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert sorted(set(flags.values())) == [False, True]
+    assert not any(p.requires_grad for p in dictionary.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert adapter.gates is None
+
+
+def test_a_loss_that_is_not_finite_is_named_and_changes_no_weight(model, dictionary):
+    adapter, left = SaeLora(dictionary, config()), {}
+
+    def spoil(history):
+        if history[-1]["step"] == 10:
+            adapter.scale.data.fill_(math.nan)
+        left.update(weights(adapter))
+
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 10; use a smaller lr"):
+        train(adapter, model=model, on_eval=spoil)
+    assert adapter.scale.isnan().all() and left.pop("scale").isnan().all()
+    same(left, {k: v for k, v in weights(adapter).items() if k != "scale"})
+
+
+def test_what_cannot_be_trained(model, dictionary):
+    adapter = SaeLora(dictionary, config())
+    with pytest.raises(ValueError, match="need a model in eval mode"):
+        train(adapter, model=random_model().train())
+    for changes, said in (
+        ({"rank": 2}, "need a config of rank 1 and mode add.*got 2 and add"),
+        ({"mode": "replace"}, "need a config of rank 1 and mode add.*got 1 and replace"),
+        ({"n_read": 65}, "need n_read <= d_sae 64, got 65"),
+        ({"n_write": 99}, "need n_write <= d_sae 64, got 99"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train(adapter, model=model, config=config(**changes))
+    wide = Dictionary(DictionaryConfig(site_dims=(20,), d_sae=64, rule=TopK(k=4)))
+    other = SaeLora(wide, config(hook_name=SITE))
+    with pytest.raises(ValueError, match="need a dictionary of width 16 .* got one of 20"):
+        train(other, model=model)
+
+
+# ---- a path of sizes
+
+
+@pytest.mark.parametrize("method", ["topk", "hard_concrete", "proximal"])
+def test_a_path_has_nested_supports_and_leaves_the_adapter_alone(method, model, dictionary):
+    adapter = SaeLora(dictionary, config(sparsity="none"))
+    train(adapter, model=model)
+    before, options = weights(adapter), {"chats": chats(), "held_out": chats(16, seed=1)}
+    fits = sparsity_path(
+        model, adapter, sizes=(20, 8, 3), config=config(sparsity=method), **options
+    )
+    same(before, weights(adapter))
+    assert list(fits) == [20, 8, 3] and n_nonzero(adapter) == (D_SAE, D_SAE)
+    for size, fit in fits.items():
+        assert n_nonzero(fit.adapter) == (size, size)
+        assert fit.adapter.dictionary is adapter.dictionary
+    for large, small in ((20, 8), (8, 3)):
+        for side in ("read_support", "write_support"):
+            outer, inner = (getattr(fits[n].adapter, side).tolist() for n in (large, small))
+            assert {*inner} < {*outer}
+    ends = [fit.history[-1]["held_out"] for fit in fits.values()]
+    assert ends[0] < ends[2]
+
+
+def test_paths_that_are_none(model, dictionary):
+    adapter = SaeLora(dictionary, config())
+    data = chats()
+    for sizes in ((), (4, 4), (4, 8), (16, 4, 8)):
+        with pytest.raises(ValueError, match="need sizes that fall, got"):
+            sparsity_path(model, adapter, data, data, sizes, config())
+    with pytest.raises(ValueError, match="need a sparsity method .* got 'none'"):
+        sparsity_path(model, adapter, data, data, (4, 2), config(sparsity="none"))
+    with pytest.raises(ValueError, match="need n_read >= 1 or None, got 0"):
+        sparsity_path(model, adapter, data, data, (4, 0), config(n_steps=2, n_refit=0))
+
+
+def test_another_config_than_the_adapters_is_what_trains(model, dictionary):
+    adapter = SaeLora(dictionary, config(sparsity="none"))
+    fit = train(adapter, model=model, config=config(sparsity="topk", n_read=3, n_write=2))
+    assert n_nonzero(fit.adapter) == (3, 2)
