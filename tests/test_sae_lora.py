@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib import paths
-from lib.adapters import sae_lora as module
+from lib.adapters import store as module
 from lib.adapters.config import SaeLoraConfig
-from lib.adapters.sae_lora import METADATA, PARAMS, SaeLora
+from lib.adapters.sae_lora import SaeLora
+from lib.adapters.store import METADATA, PARAMS
 from lib.dictionaries import Dictionary, DictionaryConfig
 from lib.dictionaries.interop import from_sae_lens, to_sae_lens
 from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK

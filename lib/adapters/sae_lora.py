@@ -16,18 +16,15 @@ folded into one direction a rank.
 
 import contextlib
 import copy
-import json
-import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lib.adapters.bridges import is_bridge, name_in_bridge
 from lib.adapters.config import SaeLoraConfig
 from lib.dictionaries import Dictionary
 from lib.dictionaries.interop import from_sae_lens
@@ -35,9 +32,7 @@ from lib.dictionaries.kernels import SparseActs, sparse_decode
 from lib.dictionaries.sparsity import TopK
 from lib.models.sites import replace as replace_at
 from lib.models.sites import site_dim
-from lib.runtime import atomic_folder
 
-PARAMS, METADATA = "params.safetensors", "metadata.json"
 _EPS = 1e-12
 
 
@@ -147,9 +142,9 @@ class SaeLora(nn.Module):
             ValueError: the site has another width, or the model no such site; on a bridge, at
                 `hook_resid_mid`, or at a site where sae-lens has attached a SAE.
         """
-        if _is_bridge(model):
+        if is_bridge(model):
             _require_width(self, model.cfg.d_model)
-            name = _name_in_bridge(model, self.config.hook_name)
+            name = name_in_bridge(model, self.config.hook_name)
             with model.hooks(fwd_hooks=[(name, lambda x, hook: self(x))]):
                 yield
         else:
@@ -190,28 +185,11 @@ class SaeLora(nn.Module):
             ValueError: `folder` is a file or holds other files, or `metadata` has a field that
                 the adapter writes itself.
         """
-        folder = Path(folder)
-        _require_own(folder)
-        read, write = self.read_support.sort().values, self.write_support.sort().values
-        gates = self.gates or (self.read_mask, self.write_mask)
-        tensors = {
-            "read": read,
-            "write": write,
-            "lora_A": (self.lora_A * gates[0]).detach()[:, read],
-            "lora_B": (self.lora_B * gates[1][:, None]).detach()[write],
-            "scale": self.scale.detach(),
-        }
-        about = {"kind": "sae_lora", "d_sae": self.d_sae, "config": asdict(self.config)}
-        if taken := about.keys() & (metadata or {}).keys():
-            raise ValueError(f"need metadata without {sorted(about)}, got {sorted(taken)}")
-        with atomic_folder(folder) as new:
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, new / PARAMS)
-            text = json.dumps({**about, **(metadata or {})}, indent=1)
-            (new / METADATA).write_text(text + "\n", encoding="utf-8")
-        return folder
+        from lib.adapters.store import save
+
+        return save(self, Path(folder), metadata or {})
 
     @staticmethod
-    @torch.no_grad()
     def load(folder: str | Path, dictionary: Dictionary | nn.Module) -> "SaeLora":
         """An adapter that `save` wrote, on the dictionary that it was trained with.
 
@@ -219,23 +197,9 @@ class SaeLora(nn.Module):
             FileNotFoundError: a file is missing.
             ValueError: damaged files, another kind of adapter, or a dictionary of another size.
         """
-        d_sae, config, tensors = _read(Path(folder))
-        adapter = SaeLora(dictionary, config)
-        if d_sae != adapter.d_sae:
-            raise ValueError(
-                f"need the dictionary of {d_sae} latents that {folder} was trained on, "
-                f"got one of {adapter.d_sae}"
-            )
-        for weights, mask, kept in (
-            (adapter.lora_A, adapter.read_mask, tensors["read"]),
-            (adapter.lora_B.T, adapter.write_mask, tensors["write"]),
-        ):
-            weights.zero_()
-            mask.zero_()[kept] = 1.0
-        adapter.lora_A[:, tensors["read"]] = tensors["lora_A"].to(adapter.lora_A)
-        adapter.lora_B[tensors["write"]] = tensors["lora_B"].to(adapter.lora_B)
-        adapter.scale.copy_(tensors["scale"])
-        return adapter
+        from lib.adapters.store import load
+
+        return load(Path(folder), dictionary)
 
     def _acts(self, x: Float[Tensor, "n d"]) -> SparseActs:
         """Active latents, of a narrow support only those that are read.
@@ -287,73 +251,9 @@ def _require_sae(dictionary: Dictionary, config: SaeLoraConfig) -> None:
             raise ValueError(f"need {name} <= d_sae {dictionary.d_sae}, got {wanted}")
 
 
-def _require_own(folder: Path) -> None:
-    """Raises ValueError where saving would replace what is no adapter's."""
-    is_file = folder.exists() and not folder.is_dir()
-    found = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    others = sorted(found - {PARAMS, METADATA})[:5]
-    if is_file or others:
-        got = f"{folder} with {others}" if others else f"the file {folder}"
-        raise ValueError(f"need a folder that is new or an adapter's, got {got}")
-
-
-def _read(folder: Path) -> tuple[int, SaeLoraConfig, dict[str, Tensor]]:
-    """d_sae, config and tensors of what `SaeLora.save` wrote; see `SaeLora.load`."""
-    for name in (PARAMS, METADATA):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"need {name} in adapter folder {folder}")
-    try:
-        about = json.loads((folder / METADATA).read_text(encoding="utf-8"))
-        if about["kind"] != "sae_lora":
-            raise ValueError(f"need kind 'sae_lora', got {about['kind']!r}")
-        d_sae, config = about["d_sae"], SaeLoraConfig(**about["config"])
-        tensors = load_file(folder / PARAMS)
-        n_read, n_write, rank = len(tensors["read"]), len(tensors["write"]), config.rank
-        shapes = {"read": (n_read,), "write": (n_write,), "scale": (rank,)}
-        shapes |= {"lora_A": (rank, n_read), "lora_B": (n_write, rank)}
-        for name, needed in shapes.items():
-            if tensors[name].shape != needed or not tensors[name].isfinite().all():
-                got = tuple(tensors[name].shape)
-                raise ValueError(f"need finite {name} of shape {needed}, got shape {got}")
-        for name in ("read", "write"):
-            if not ((tensors[name] >= 0) & (tensors[name] < d_sae)).all():
-                raise ValueError(f"need latents in 0 to {d_sae - 1} in {name}")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is no complete SAE-LoRA: {error}") from error
-    return d_sae, config, tensors
-
-
 def _require_width(adapter: SaeLora, width: int) -> None:
     if adapter.dictionary.d_in != width:
         raise ValueError(
             f"need a dictionary of width {width} at {adapter.config.hook_name} of this model, "
             f"got one of {adapter.dictionary.d_in}"
         )
-
-
-def _is_bridge(model: nn.Module) -> bool:
-    """Without importing TransformerLens, which takes seconds, unless someone already has."""
-    bridges = sys.modules.get("transformer_lens.model_bridge")
-    return bridges is not None and isinstance(model, bridges.TransformerBridge)
-
-
-def _name_in_bridge(bridge: nn.Module, hook_name: str) -> str:
-    """What the bridge itself calls the site.
-
-    sae-lens's bridge does not know other names, such as `hook_resid_post`, and a hook at a name
-    that a bridge does not know is left out without a word.
-    """
-    from transformer_lens.hook_points import HookPoint
-    from transformer_lens.model_bridge import TransformerBridge
-
-    if hook_name.endswith("hook_resid_mid"):
-        raise ValueError(
-            f"a bridge hands a change at {hook_name} to the MLP alone, not to the residual stream; "
-            "need another site, or the Hugging Face model"
-        )
-    point = TransformerBridge.hook_dict.fget(bridge).get(hook_name)
-    if point is None:
-        raise ValueError(f"no hook name {hook_name!r} in this bridge")
-    if not isinstance(point, HookPoint):
-        raise ValueError(f"need a bridge without a SAE of sae-lens at {hook_name}, got one")
-    return point.name
