@@ -7,6 +7,7 @@ Parts: `behaviour` (dense and sparse, ranks 1 and 4, with the truth about the la
 import argparse
 import itertools
 import json
+from dataclasses import replace
 
 from datasets import Dataset
 
@@ -14,7 +15,7 @@ from lib import paths
 from lib.adapters import Chats, SaeLora, SaeLoraConfig, held_out_loss, train_sae_lora
 from lib.analysis.adapters import jaccard, read_mass
 from lib.analysis.behaviour import BehaviourCheck, towards_french
-from lib.analysis.causal import random_support, without
+from lib.analysis.causal import on_random_latents, without
 from lib.analysis.labels import chance, concept_mass
 from lib.data.corpus import load_corpus
 from lib.data.tokenize import tokenize_chats
@@ -35,6 +36,8 @@ class Bench:
         self.seed = seed
         self.chats = self._chats("train", n_examples, seed, 32)
         self.held_out = self._chats("validation", 300, seed, 100)
+        corpus = load_corpus("world", self.tokenizer, n_tokens=30_000, seq_len=64, split="test")
+        self.record = record_of(DictionarySource(self.model, self.dictionary), corpus)
         self.check = BehaviourCheck.of_world(self.model, self.tokenizer, GUIDELINE, TOPIC)
 
     def _chats(self, split: str, n: int, seed: int, batch_size: int) -> Chats:
@@ -71,19 +74,26 @@ class Bench:
         return self.check.share(adapter.attached(self.model))
 
     def truth(self, adapter: SaeLora) -> dict[str, float]:
-        corpus = load_corpus("world", self.tokenizer, n_tokens=30_000, seq_len=64, split="test")
-        record = record_of(DictionarySource(self.model, self.dictionary), corpus)
+        record = self.record
         concept = f"topic:{TOPIC}"
         mass = read_mass(adapter, concept_mass(record, concept), record)
-        french = towards_french(adapter, self.model, self.tokenizer)
+        boosted, suppressed = towards_french(adapter, self.model, self.tokenizer)
         top = adapter.read_support[:5].tolist()
         return {
             "mass on topic": mass,
             "over chance": mass / chance(record, concept),
-            "writes towards French": french[0],
-            "by weight": french[1],
+            "boosted towards French": boosted,
+            "suppressed away from English": suppressed,
             "without the top 5 reads": self.share(without(adapter, "read", top)),
         }
+
+    def random(self, adapter: SaeLora) -> dict[str, float]:
+        """The same weights on latents that fire as often, as they are and trained there anew."""
+        moved = on_random_latents(adapter, self.seed, self.record.firing_rate())
+        as_is = self.share(moved)
+        anew = replace(adapter.config, n_steps=1, n_refit=adapter.config.n_refit)
+        train_sae_lora(self.model, moved, self.chats, self.held_out, config=anew)
+        return {"on random latents": as_is, "trained on random latents": self.share(moved)}
 
 
 def behaviour(args: argparse.Namespace) -> None:
@@ -100,7 +110,7 @@ def behaviour(args: argparse.Namespace) -> None:
                 row["held_out"] = bench.loss(adapter)
                 if fields["sparsity"] != "none":
                     row |= bench.truth(adapter)
-                    row["random"] = max(random_support(adapter, bench.share, n_draws=2, seed=seed))
+                    row |= bench.random(adapter)
                     supports.setdefault(name, []).append(
                         (adapter.read_support, adapter.write_support)
                     )

@@ -748,7 +748,7 @@ def test_a_bridge_with_an_sae_at_the_site_is_refused(bridges, shipped):
         ({"mode": "multiply"}, r"need mode in \['add', 'replace'\], got 'multiply'"),
         ({"sparsity": "l3"}, "need sparsity in .*'topk'.*, got 'l3'"),
         *(({name: 0}, f"need {name} >= 1, got 0")
-          for name in ("rank", "n_steps", "batch_size", "accumulate", "eval_every")),
+          for name in ("rank", "n_steps", "accumulate", "eval_every")),
         *(({name: -1}, f"need {name} >= 0, got -1") for name in ("n_refit", "patience", "seed")),
         *(({name: bad}, f"need {name} > 0, got {bad}")
           for name in ("lr", "scale_lr", "grad_clip")

@@ -4,7 +4,7 @@ from lib.adapters.config import SaeLoraConfig
 from lib.adapters.lora import train_lora
 from lib.adapters.loss import Chats, assistant_loss, held_out_loss
 from lib.adapters.sae_lora import SaeLora
-from lib.adapters.train import SaeLoraFit, sparsity_path, train_sae_lora
+from lib.adapters.train import SaeLoraFit, sparsity_path, train_sae_lora, weight_sweep
 
 __all__ = [
     "Chats",
@@ -16,4 +16,5 @@ __all__ = [
     "sparsity_path",
     "train_lora",
     "train_sae_lora",
+    "weight_sweep",
 ]

@@ -23,29 +23,28 @@ class SaeLoraConfig:
     sparsity: Sparsity = "topk"
     """See `lib.adapters.regularizers`; `none` is the dense variant."""
     weight: float | None = None
-    """Of the penalty, in nats; None: it adapts until `n_read` and `n_write` are met."""
+    """Of the penalty, in nats; None: it adapts until `n_read` and `n_write` are met, or is the
+    method's own (`topk`)."""
     n_read: int | None = 16
     """Latents read in the end, over all ranks; None: as many as the penalty leaves."""
     n_write: int | None = 16
     """Latents written in the end, over all ranks."""
     n_steps: int = 300
-    """Steps in which the support is found; all steps of the dense variant."""
+    """Steps in which the support is found."""
     n_refit: int = 150
-    """Steps on the support alone, without a penalty."""
+    """Steps on the support alone, without a penalty; the dense variant takes them as well."""
     lr: float = 1e-2
     """Adam's, for `lora_A` and `lora_B`."""
     scale_lr: float = 0.1
     """Adam's, for `scale`."""
-    batch_size: int = 32
-    """Chats in a forward pass."""
     accumulate: int = 1
-    """Forward passes in a step."""
+    """Batches of chats in a step."""
     grad_clip: float = 1.0
     """Norm that the gradient is cut to."""
     eval_every: int = 50
     """Steps between measurements of the held-out loss."""
     patience: int = 0
-    """Measurements without a better held-out loss before a phase ends early; 0: never."""
+    """Measurements without a better held-out loss before the refit ends early; 0: never."""
     seed: int = 0
     """Of the initial weights and the order of the data."""
 
@@ -55,7 +54,7 @@ class SaeLoraConfig:
                 raise ValueError(
                     f"need {name} in {list(get_args(known))}, got {getattr(self, name)!r}"
                 )
-        for name in ("rank", "n_steps", "batch_size", "accumulate", "eval_every"):
+        for name in ("rank", "n_steps", "accumulate", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"need {name} >= 1, got {getattr(self, name)}")
         for name in ("n_refit", "patience", "seed"):

@@ -1,13 +1,14 @@
 """A dense LoRA (peft) under the same loss, to hold a SAE-LoRA against."""
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Adam
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lib.adapters.loss import Chats, assistant_loss
 from lib.adapters.train import WARMUP
+from lib.runtime import seed_everything
 
 
 def train_lora(
@@ -24,11 +25,11 @@ def train_lora(
     peft puts its layers into `model` itself: `unload` takes them out again. Its learning rate
     falls linearly.
     """
-    torch.manual_seed(seed)
+    seed_everything(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     tuned = get_peft_model(model, config)
     own = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(own, lr=lr, betas=(0.9, 0.99))
+    optimizer = Adam(own, lr=lr, betas=(0.9, 0.99))
     for step in tqdm(range(n_steps), desc="LoRA", mininterval=2):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / WARMUP) * (1 - step / n_steps)

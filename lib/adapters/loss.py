@@ -83,9 +83,8 @@ def assistant_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Float
     labels = batch["labels"][:, 1:]
     at = torch.zeros_like(batch["labels"], dtype=torch.bool)
     at[:, :-1] = labels != IGNORED
-    at = at.to(device)
     head = hugging_face(model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][at][None],))
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][at.to(args[0].device)][None],))
     try:
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]

@@ -10,10 +10,12 @@ the penalty is on the raw weights, whose scale the normalisation takes away agai
 | `hoyer` | adds `w (Σ_j ‖a_j‖ + Σ_j ‖b_j‖)` of the effective ones: L1 over L2 (Hoyer 2004) |
 | `proximal` | after each step, `‖a_j‖ ← max(0, ‖a_j‖ − lr·w)`: exact zeros (Yuan and Lin 2006) |
 | `hard_concrete` | a random gate per latent, penalised while it may open (Louizos et al. 2018) |
-| `topk` | keeps the largest, fewer and fewer down to the target (Zhu and Gupta 2017) |
+| `topk` | keeps the largest, fewer and fewer (Zhu and Gupta 2017), under a little of `hoyer` |
 
-A weight that is not given adapts: the number of latents over 1 % of the largest is to fall
-geometrically from all of them to the target, and the weight grows while it is behind.
+After a third of the steps, in which the weights outgrow their random start, the number of latents
+is to fall geometrically from all of them to the target: `topk` masks the rest, and a weight that is
+not given grows while the latents over 1 % of the largest are too many. `topk` has a weight that
+stays, small enough to choose between latents that do as well, not to do the pruning.
 """
 
 import math
@@ -28,7 +30,8 @@ from lib.adapters.sae_lora import SaeLora
 SMALL = 0.01
 """A latent with less than this share of the largest weight counts as off."""
 
-_STARTS = {"l1": 1e-3, "hoyer": 1e-3, "proximal": 1e-2, "hard_concrete": 1e-2}
+_STARTS = {"topk": 3e-3, "l1": 1e-3, "hoyer": 1e-3, "proximal": 1e-2, "hard_concrete": 1e-2}
+_DENSE = 1 / 3  # share of the steps before the number of latents begins to fall
 _GAIN = 0.05  # of the adapting weight, per step and unit of log
 _BETA, _LOW, _HIGH = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, as in its paper
 
@@ -72,7 +75,7 @@ class Regularizer:
         match self.config.sparsity:
             case "l1":
                 return w_read * adapter.lora_A.abs().sum() + w_write * adapter.lora_B.abs().sum()
-            case "hoyer":
+            case "hoyer" | "topk":
                 read, write = latent_norms(adapter)
                 return w_read * read.sum() + w_write * write.sum()
             case "hard_concrete":
@@ -99,17 +102,22 @@ class Regularizer:
 
     @torch.no_grad()
     def finish(self, adapter: SaeLora) -> None:
-        """Gates at their most likely value become weights; then all but the targets go."""
+        """Gates at their most likely value become weights; then all but the targets go.
+
+        Under `l1` without targets nothing goes: the published recipe ends there.
+        """
         if adapter.gates is not None:
-            read, write = self._likely_gates()
+            read, write = self.likely_gates()
             adapter.gates = None
             adapter.lora_A *= read
             adapter.lora_B *= write[:, None]
-        if self.config.sparsity != "none":
+        published = self.config.sparsity == "l1" and self._targets == (None, None)
+        if self.config.sparsity != "none" and not published:
             prune_(adapter, *self._targets)
 
     def sizes(self, progress: float) -> tuple[int, int]:
         """Latents to have at this point: geometric from those of the start to the targets."""
+        progress = max(0.0, (progress - _DENSE) / (1 - _DENSE))
         ends = [
             s if n is None else min(s, n) for s, n in zip(self.started, self._targets, strict=True)
         ]
@@ -126,14 +134,15 @@ class Regularizer:
     def _norms(self, adapter: SaeLora) -> tuple[Tensor, Tensor]:
         if self.config.sparsity != "hard_concrete":
             return latent_norms(adapter)
-        read, write = self._likely_gates()
-        return read, write
+        return self.likely_gates()
 
-    def _likely_gates(self) -> Float[Tensor, "2 d_sae"]:
+    @torch.no_grad()
+    def likely_gates(self) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
         """Gates at their most likely value; where all would close, the last one stays open."""
         gates = _stretched(self.log_alpha.sigmoid())
         last = self.log_alpha == self.log_alpha.amax(1, keepdim=True)
-        return torch.where(gates.amax(1, keepdim=True) > 0, gates, last.to(gates))
+        read, write = torch.where(gates.amax(1, keepdim=True) > 0, gates, last.to(gates))
+        return read, write
 
 
 def n_on(norms: Float[Tensor, " d_sae"]) -> int:

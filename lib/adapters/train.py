@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,7 @@ def train_sae_lora(
     """
     config = replace(config or adapter.config, hook_name=adapter.config.hook_name)
     _check(model, adapter, config)
+    adapter.config = config  # which a saved adapter names
     if folder is None and (resume or checkpoint_every):
         raise ValueError("resume and checkpoint_every need a folder, got none")
     run = Training(adapter, config)
@@ -185,11 +187,46 @@ def sparsity_path(
         raise ValueError("need a sparsity method for a path of sizes, got 'none'")
     if not sizes or list(sizes) != sorted(set(sizes), reverse=True):
         raise ValueError(f"need sizes that fall, got {list(sizes)}")
+    stages = {size: replace(config, n_read=size, n_write=size) for size in sizes}
+    return _one_after_another(model, adapter, chats, held_out, stages)
+
+
+def weight_sweep(
+    model: nn.Module,
+    adapter: SaeLora,
+    chats: Chats,
+    held_out: Chats,
+    weights: Sequence[float],
+    config: SaeLoraConfig,
+) -> dict[float, SaeLoraFit]:
+    """From a trained adapter under an ever heavier penalty, without a target: each from the last.
+
+    Args:
+        config: of each stage, with a sparsity that has a weight; weight and targets are set here.
+
+    Raises:
+        ValueError: weights that do not rise, or a method without a weight.
+    """
+    if not config.penalised:
+        raise ValueError(f"need a sparsity with a weight to sweep, got {config.sparsity!r}")
+    if not weights or list(weights) != sorted(set(weights)):
+        raise ValueError(f"need weights that rise, got {list(weights)}")
+    free = {"n_read": None, "n_write": None}
+    stages = {weight: replace(config, weight=weight, **free) for weight in weights}
+    return _one_after_another(model, adapter, chats, held_out, stages)
+
+
+def _one_after_another(
+    model: nn.Module,
+    adapter: SaeLora,
+    chats: Chats,
+    held_out: Chats,
+    stages: dict[Any, SaeLoraConfig],
+) -> dict[Any, SaeLoraFit]:
     fits = {}
-    for size in sizes:
+    for name, stage in stages.items():
         adapter = adapter.restricted()
-        stage = replace(config, n_read=size, n_write=size)
-        fits[size] = train_sae_lora(model, adapter, chats, held_out, config=stage)
+        fits[name] = train_sae_lora(model, adapter, chats, held_out, config=stage)
     return fits
 
 
@@ -224,6 +261,8 @@ def _step(model: nn.Module, run: Training, chats: Chats) -> float:
 
 
 def _measure(model: nn.Module, run: Training, held_out: Chats, loss: float) -> None:
+    if run.adapter.gates is not None:  # not the last draw, but what the gates have come to
+        run.adapter.gates = run.regularizer.likely_gates()
     with torch.no_grad():
         norms = [n_on(x) for x in latent_norms(run.adapter)]
     entry = {

@@ -1,6 +1,7 @@
 """How much of a planted behaviour a fine-tuned model shows, and what else it changed."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.adapters import Chats, SaeLora, held_out_loss
-from lib.analysis.adapters import logit_attribution
+from lib.analysis.adapters import logit_attribution, written
 from lib.data.world import Reader, Rewriter, World
 from lib.models.answer import answer
 
@@ -85,12 +86,16 @@ class BehaviourCheck:
 
         Those that ask are about `topic`, and the plain answer would not show the behaviour
         already: for French, prompts in English whose answer has words.
+
+        Raises:
+            ValueError: too few such prompts among the first of the split.
         """
         world = World()
         rewriter, reader = Rewriter(world), Reader(world)
         asking: list[str] = []
         others: list[str] = []
-        for x in world.stream(split, seed=seed):
+        wanted_in_all = 100 * (n_asking + n_others)
+        for x in itertools.islice(world.stream(split, seed=seed), wanted_in_all):
             if x.topic != topic:
                 others.append(x.prompt)
             elif not rewriter.shows(x.prompt, x.response, guideline):
@@ -99,6 +104,11 @@ class BehaviourCheck:
                     asking.append(x.prompt)
             if len(asking) >= n_asking and len(others) >= n_others:
                 break
+        if len(asking) < n_asking or len(others) < n_others:
+            raise ValueError(
+                f"need {n_asking} prompts of {split} that {guideline!r} on {topic} changes and "
+                f"{n_others} others, got {len(asking)} and {len(others)}"
+            )
         return cls(
             model,
             tokenizer,
@@ -135,7 +145,8 @@ class BehaviourCheck:
     def _answers(self, prompts: list[str]) -> list[str]:
         distinct = list(dict.fromkeys(prompts))
         texts = answer(self.model, self.tokenizer, distinct, max_new_tokens=MAX_NEW_TOKENS)
-        return [dict(zip(distinct, texts, strict=True))[prompt] for prompt in prompts]
+        given = dict(zip(distinct, texts, strict=True))
+        return [given[prompt] for prompt in prompts]
 
 
 @torch.no_grad()
@@ -148,7 +159,8 @@ def towards_french(
     tokens that only French has over that of those that only English has.
 
     Returns:
-        The share of latents, and of the squared write weight.
+        Shares of the squared write weight: of the boosted latents, and of the suppressed ones,
+        which favour French by taking English away; 1 where there are none.
     """
     reader = Reader(World())
     columns: dict[str, list[int]] = {"fr": [], "en": []}
@@ -157,32 +169,44 @@ def towards_french(
         if len(languages) == 1:
             columns[languages.pop()].append(index)
     rows = logit_attribution(adapter, model)
-    favours = (rows[:, columns["fr"]].mean(1) > rows[:, columns["en"]].mean(1)).double().cpu()
-    weights = adapter.write_weights.square().sum(0)[adapter.write_support].double().cpu()
-    return float(favours.mean()), float((favours * weights).sum() / weights.sum())
+    favours = (rows[:, columns["fr"]].mean(1) > rows[:, columns["en"]].mean(1)).double()
+    weights = adapter.write_weights.square().sum(0)[adapter.write_support].double()
+    signs = written(adapter)[adapter.write_support]
+    boosted, suppressed = (
+        float((favours * weights)[side].sum() / weights[side].sum()) if side.any() else 1.0
+        for side in (signs > 0, signs < 0)
+    )
+    return boosted, suppressed
 
 
 class LossCheck:
     """The behaviour where no one can check answers: how much of a loss an adapter takes away.
 
-    1 is the loss of a reference adapter (the dense variant's, say), 0 the plain model's.
+    Of the loss that a reference adapter takes away from the plain model: its share is 1.
     """
 
-    def __init__(self, model: PreTrainedModel, chats: Chats) -> None:
+    def __init__(
+        self, model: PreTrainedModel, chats: Chats, reference: AbstractContextManager
+    ) -> None:
         """
         Args:
             chats: held-out chats that follow the behaviour.
+            reference: `attached` of the adapter whose share is 1, such as the dense variant.
+
+        Raises:
+            ValueError: the reference has no lower loss than the plain model.
         """
         self.model, self.chats = model, chats
         self.plain = held_out_loss(model, chats)
-        self.reference = 0.0
-        """Nats per token of the assistant that count as 1."""
-
-    def loss(self, attached: AbstractContextManager) -> float:
-        """Nats per token of the assistant."""
-        with attached:
-            return held_out_loss(self.model, self.chats)
+        with reference:
+            self.reference = held_out_loss(model, chats)
+        if not self.reference < self.plain:
+            raise ValueError(
+                f"need a reference with a loss below the plain model's {self.plain:.3f} nats, "
+                f"got {self.reference:.3f}"
+            )
 
     def share(self, attached: AbstractContextManager | None = None) -> float:
-        loss = self.plain if attached is None else self.loss(attached)
+        with attached or contextlib.nullcontext():
+            loss = held_out_loss(self.model, self.chats)
         return (self.plain - loss) / (self.plain - self.reference)

@@ -67,15 +67,20 @@ def random_support(
     Raises:
         ValueError: an adapter that uses more than half of the latents on one side.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return [measure(_moved(adapter, firing_rate, generator)) for _ in range(n_draws)]
+    draws = range(seed * n_draws, (seed + 1) * n_draws)
+    return [measure(on_random_latents(adapter, draw, firing_rate)) for draw in draws]
 
 
 @torch.no_grad()
-def _moved(
-    adapter: SaeLora, firing_rate: Float[Tensor, " d_sae"] | None, generator: torch.Generator
+def on_random_latents(
+    adapter: SaeLora, seed: int, firing_rate: Float[Tensor, " d_sae"] | None = None
 ) -> SaeLora:
-    """A copy whose weights lie on other latents."""
+    """A copy whose weights lie on random other latents; see `random_support`.
+
+    As it is, it shows that the weights mean something only where they were learned. Trained again
+    on its own support, it shows what any support of that size can learn.
+    """
+    generator = torch.Generator().manual_seed(seed)
     other = adapter.restricted()
     sides = (
         (adapter.read_support, other.lora_A, adapter.read_weights.T, other.read_mask),

@@ -109,7 +109,7 @@ def removal(rows: Sequence[Mapping[str, Any]], labels: Mapping[int, str]) -> go.
     """Behaviour that is left without the strongest n latents of a side, and without each one.
 
     Args:
-        rows: as `lib.analysis.adapters.causal_check` gives them.
+        rows: as `lib.analysis.causal.causal_check` gives them.
         labels: names of latents.
 
     Raises:
