@@ -10,12 +10,12 @@ the penalty is on the raw weights, whose scale the normalisation takes away agai
 | `hoyer` | adds `w (Σ_j ‖a_j‖ + Σ_j ‖b_j‖)` of the effective ones: L1 over L2 (Hoyer 2004) |
 | `proximal` | after each step, `‖a_j‖ ← max(0, ‖a_j‖ − lr·w)`: exact zeros (Yuan and Lin 2006) |
 | `hard_concrete` | a random gate per latent, penalised while it may open (Louizos et al. 2018) |
-| `topk` | keeps the largest, fewer and fewer (Zhu and Gupta 2017), under a little of `hoyer` |
+| `topk` | keeps the largest, fewer and fewer (Zhu and Gupta 2017), under a little of `l1` |
 
 After a third of the steps, in which the weights outgrow their random start, the number of latents
 is to fall geometrically from all of them to the target: `topk` masks the rest, and a weight that is
 not given grows while the latents over 1 % of the largest are too many. `topk` has a weight that
-stays, small enough to choose between latents that do as well, not to do the pruning.
+stays: it does no pruning, but lets weights shrink that hardly matter, so that size tells which do.
 """
 
 import math
@@ -73,9 +73,9 @@ class Regularizer:
         """In nats."""
         w_read, w_write = self.weights.tolist()
         match self.config.sparsity:
-            case "l1":
+            case "l1" | "topk":
                 return w_read * adapter.lora_A.abs().sum() + w_write * adapter.lora_B.abs().sum()
-            case "hoyer" | "topk":
+            case "hoyer":
                 read, write = latent_norms(adapter)
                 return w_read * read.sum() + w_write * write.sum()
             case "hard_concrete":
