@@ -1,7 +1,6 @@
 """How much of a behaviour is shown: answers graded by the world, and shares of a loss."""
 
 import contextlib
-import itertools
 
 import pytest
 import torch

@@ -3,9 +3,11 @@
 `figures/01_browser.png` is taken where it is missing: delete it to have a new one.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from playwright.sync_api import Page, expect
@@ -84,7 +86,13 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
-    with lab.jupyter_lab(folder, tmp_path_factory.mktemp("jupyter")) as server:
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("DATA", "LORAS", "FIGURES", "RUNS"):  # what notebooks write
+                written = tmp_path_factory.mktemp(name.lower())
+                patch.setenv(f"LATENT_BENCH_{name}", str(written))
+            home = tmp_path_factory.mktemp("jupyter")
+            server = stack.enter_context(lab.jupyter_lab(folder, home))
         yield server
 
 
@@ -158,6 +166,33 @@ def test_the_browser_in_jupyterlab(server, folder, page, tmp_path):
     page.locator(".fb").evaluate("browser => browser.scrollIntoView()")
     picture = paths.figures_dir() / "01_browser.png"
     page.screenshot(path=tmp_path / "01_browser.png" if picture.exists() else picture)
+
+
+def test_notebook_01_in_jupyterlab(server, folder, page):
+    """The whole notebook, made small, and the browser at its end."""
+    small = {
+        "n_examples": 300, "n_steps": 30, "n_refit": 6, "sizes": [8], "l1_weights": [1e-3],
+        "n_prompts": 5, "record_tokens": 4000, "dense_lora": False, "device": "cpu",
+    }  # fmt: skip
+    notebook = nbformat.read(paths.root() / "notebooks" / "01_sae_lora.ipynb", 4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    lines = [f"{name} = {value!r}" for name, value in small.items()]
+    cells[0].source += "\n" + "\n".join(lines)
+    nbformat.write(notebook, folder / "01_sae_lora.ipynb")
+    lab.open_notebook(page, server, "01_sae_lora.ipynb")
+    lab.run_all(page, seconds=240)
+    page.locator(".fb").scroll_into_view_if_needed()
+    examples, reply = (page.locator(f".fb-{name}") for name in ("examples", "answer"))
+    expect(examples).to_contain_text("<|assistant|>")
+    first = examples.inner_text()
+    choose(page, "number")
+    expect(examples).not_to_have_text(first, use_inner_text=True)
+    page.locator(".fb-prompt textarea").fill("what is 3 plus 4 ?")
+    page.locator(".fb-run").click()
+    expect(reply).to_contain_text("3 plus 4 is 7 .")
+    before = reply.inner_text()
+    lab.click_slider(page.locator(".fb-slider"), 1.0)
+    expect(reply).not_to_have_text(before, use_inner_text=True)
 
 
 @pytest.fixture(scope="module")
