@@ -161,7 +161,7 @@ def test_the_adapting_weight_comes_near_its_targets(method, model, dictionary):
         assert before["weight_read"] > 100 * history[0]["weight_read"]
     else:
         for name, target in (("n_read", 16), ("n_write", 12)):
-            assert target / 2 < before[name] < 2 * target, (name, before)
+            assert target / 2 < before[name] < 2.5 * target, (name, before)
 
 
 def test_a_given_weight_stays(model, dictionary):
@@ -358,7 +358,7 @@ def test_topk_finds_the_planted_support(lesson):
         best = held_out_loss(model, held_out)
     dense = replace(settings, sparsity="none", n_steps=40, n_refit=0)
     train_sae_lora(model, adapter, lessons, held_out, config=dense)
-    train_sae_lora(model, adapter, lessons, held_out)
+    train_sae_lora(model, adapter, lessons, held_out, config=settings)
     for found, planted in (
         (adapter.read_support, teacher.read_support),
         (adapter.write_support, teacher.write_support),

@@ -32,7 +32,7 @@ SMALL = 0.01
 
 _STARTS = {"topk": 3e-3, "l1": 1e-3, "hoyer": 1e-3, "proximal": 1e-2, "hard_concrete": 1e-2}
 _DENSE = 1 / 3  # share of the steps before the number of latents begins to fall
-_GAIN = 0.05  # of the adapting weight, per step and unit of log
+_GAIN = 0.1  # of the adapting weight, per step and unit of log
 _BETA, _LOW, _HIGH = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, as in its paper
 
 

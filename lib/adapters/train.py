@@ -108,8 +108,7 @@ def train_sae_lora(
     """Train `adapter` in place, from wherever its weights are; on a CPU bit for bit repeatable.
 
     Args:
-        config: of this training, where it is not the adapter's own: another support of the same
-            adapter, say.
+        config: of this training, where it is not the adapter's own; it becomes that.
         folder: for checkpoints, which are removed when the training ends; `loras/<name>`, to be
             followed by `adapter.save` there.
         resume: go on from the newest checkpoint in `folder`, if there is one; otherwise those
