@@ -1,5 +1,7 @@
 """Next-token loss on what the assistant says, and batches of tokenised chats."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -32,7 +34,8 @@ class Chats:
                 batch of none.
         """
         self.rows = [
-            {name: list(row[name]) for name in ("input_ids", "assistant_mask")} for row in rows
+            {name: [int(x) for x in row[name]] for name in ("input_ids", "assistant_mask")}
+            for row in rows
         ]
         empty = [i for i, row in enumerate(self.rows) if not any(row["assistant_mask"][1:])]
         if not self.rows or empty:
@@ -47,6 +50,11 @@ class Chats:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the chats."""
+        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
 
     def batch(self, step: int) -> dict[str, Tensor]:
         per_epoch = len(self.rows) // self.batch_size

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
+from lib.activations.harvest import weights_fingerprint
 from lib.adapters.checkpoints import load_checkpoint, save_checkpoint
 from lib.adapters.config import SaeLoraConfig
 from lib.adapters.loss import Chats, assistant_loss, held_out_loss
@@ -127,10 +128,12 @@ def train_sae_lora(
     if folder is None and (resume or checkpoint_every):
         raise ValueError("resume and checkpoint_every need a folder, got none")
     run = Training(adapter, config)
-    identity = {"config": asdict(config), "n_chats": len(chats), "n_held_out": len(held_out)}
-    identity |= {"batch_size": chats.batch_size, "data_seed": chats.seed}
+    identity = {"config": asdict(config), "n_held_out": len(held_out)}
+    identity |= {"batch_size": chats.batch_size, "data_seed": chats.seed, "n_chats": len(chats)}
     if folder is not None:
         folder = require_writable(Path(folder))
+        identity |= {"chats": chats.fingerprint, "model": weights_fingerprint(model)}
+        identity["dictionary"] = [float(p.double().sum()) for p in adapter.dictionary.parameters()]
         sweep(folder, ())
         if resume:
             load_checkpoint(folder, run, identity)
