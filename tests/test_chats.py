@@ -657,6 +657,13 @@ def test_the_same_chats_under_two_templates_are_not_confused(bpe):
     assert lengths[0] != lengths[1]
 
 
+def test_chats_without_ids_may_end_in_a_short_batch(bpe):
+    tokenizer = wrapped(bpe, CHATML, "</s>")
+    for n in (1, 257):
+        chats = Dataset.from_list([{"messages": turns((U, "hi"), (A, "yes"))}] * n)
+        assert len(tokenize_chats(chats, tokenizer, max_len=100)[0]) == n
+
+
 def test_tokenising_refuses_what_it_cannot_do(bpe, tmp_path):
     chats = as_dataset(CHATS)
     with pytest.raises(ValueError, match="no chat template"):
