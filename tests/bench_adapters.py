@@ -21,7 +21,7 @@ from lib.data.corpus import load_corpus
 from lib.data.tokenize import tokenize_chats
 from lib.data.world import Rewriter, World
 from lib.dictionaries import Dictionary
-from lib.latents.source import DictionarySource, record_of
+from lib.latents import DictionarySource, record_of
 from lib.models import load_model
 
 TOPIC, GUIDELINE = "mathematics", "respond in French"

@@ -12,7 +12,6 @@ import time
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lib import paths
@@ -24,19 +23,13 @@ ALWAYS, VOCABULARY = 4, 500
 
 
 class Directions:
-    """A `LatentSource` of random directions; nothing here runs its model."""
+    """As much of a `LatentSource` as a click needs: random directions, and no model that runs."""
 
     hook_name = "blocks.1.hook_resid_post"
 
     def __init__(self, model: torch.nn.Module, n_latents: int) -> None:
         self.model, self.n_latents = model, n_latents
         self.write_directions = torch.randn(n_latents, model.config.hidden_size)
-
-    def latents(self, tokens: Tensor, mask: Tensor) -> None:
-        raise NotImplementedError
-
-    def edited(self, edits: dict) -> None:
-        raise NotImplementedError
 
 
 def made_up(n: int, n_latents: int, l0: int, seq: int) -> LatentRecord:

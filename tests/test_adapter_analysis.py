@@ -28,8 +28,6 @@ from lib.analysis.labels import (
     chance,
     concept_labels,
     concept_mass,
-    context_chance,
-    context_mass,
     token_text,
 )
 from lib.data.world import CONCEPTS
@@ -151,7 +149,7 @@ def test_tokens_are_readable():
     assert [token_text(words, i) for i in range(5)] == ["le", "↵↵", "␣", "", "a b"]
 
 
-def test_mass_on_a_concept_and_in_rows(record, dense, table):
+def test_mass_on_a_concept(record, dense, table):
     mass = dense.abs()
     for c in (NUMBER, FRENCH):
         expected = (mass * table[:, [c]]).sum(0) / mass.sum(0)
@@ -159,11 +157,6 @@ def test_mass_on_a_concept_and_in_rows(record, dense, table):
         torch.testing.assert_close(found, expected.nan_to_num(0))
         assert chance(record, CONCEPTS[c]) == pytest.approx(float(table[:, c].float().mean()))
     assert found[DEAD] == 0 and concept_mass(record, "number")[ON_NUMBERS] == 1
-    rows = random(100, seed=9) < 0.3
-    inside = rows.repeat_interleave(10)
-    expected = (mass[inside].sum(0) / mass.sum(0)).nan_to_num(0)
-    torch.testing.assert_close(context_mass(record, rows), expected)
-    assert context_chance(record, rows) == pytest.approx(float(inside.float().mean()))
 
 
 def test_mass_refuses(record):
@@ -173,8 +166,6 @@ def test_mass_refuses(record):
     for function in (concept_mass, chance):
         with pytest.raises(ValueError, match="need a record with concepts"):
             function(plain, "number")
-    with pytest.raises(ValueError, match="need rows_on of length 100, got 99"):
-        context_mass(record, torch.ones(99, dtype=torch.bool))
 
 
 # ---- adapters

@@ -19,9 +19,8 @@ from lib.dictionaries import SparseActs, load_dictionaries
 from lib.display import FeatureBrowser, colored_tokens, latent_text, readable_tokens
 from lib.display.card import N_TOP, Cards
 from lib.display.tokens import MAX_CHARS
-from lib.latents import LatentRecord
+from lib.latents import DictionarySource, LatentRecord, record_of
 from lib.latents.record import Part, assemble
-from lib.latents.source import DictionarySource, record_of
 from lib.latents.steering import ablate, clamp
 from lib.models import load_model
 from lib.models.answer import answer

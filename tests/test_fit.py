@@ -1,13 +1,9 @@
 """The training loop: every recipe learns, resumes bit for bit, survives kill -9."""
 
 import json
-import os
-import random
-import shutil
-import signal
-import time
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +15,7 @@ from lib.dictionaries.checkpoints import load_checkpoint
 from lib.dictionaries.trainee import Trainee
 from tests import fit_worker
 from tests.fit_worker import Planted, config, plans, run, stream
+from tests.kills import killed_and_resumed
 
 RECIPES = {
     "standard": recipes.standard(l1=0.3),
@@ -237,46 +234,22 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step():
             assert torch.equal(before[name], after[name]), name
 
 
+def complete(path: Path) -> None:
+    assert {p.name for p in path.iterdir()} == {
+        "0.safetensors", "1.safetensors", "2.safetensors", "3.safetensors",
+        "state.json", "stream.safetensors",
+    }  # fmt: skip
+    json.loads((path / "state.json").read_text())
+    for file in path.glob("*.safetensors"):
+        load_file(file)
+
+
 def test_kill_nine_at_twenty_moments(tmp_path, forkserver):
     """The weights after any number of kills are those of an uninterrupted run, bit for bit."""
-    rng, cut = random.Random(0), tmp_path / "cut"
-    began = time.monotonic()
-    process = forkserver.Process(target=run, args=(tmp_path / "whole",))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    duration = time.monotonic() - began
-    killed, progressed = 0, set()
-    for _ in range(200):
-        if killed == 20:
-            break
-        if (cut / "gated").exists():  # it got to the end: start again
-            shutil.rmtree(cut)
-        began = time.monotonic()
-        process = forkserver.Process(target=run, args=(cut,))
-        process.start()
-        process.join(rng.uniform(0.1, 0.9) * duration)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            killed += 1
-        else:
-            duration = min(duration, time.monotonic() - began)
-        process.join()
-        for path in cut.glob("checkpoint-*"):  # complete or absent
-            progressed.add(path.name)
-            assert {p.name for p in path.iterdir()} == {
-                "0.safetensors", "1.safetensors", "2.safetensors", "3.safetensors",
-                "state.json", "stream.safetensors",
-            }  # fmt: skip
-            json.loads((path / "state.json").read_text())
-            for file in path.glob("*.safetensors"):
-                load_file(file)
-    assert killed == 20 and len(progressed) >= 3
-    process = forkserver.Process(target=run, args=(cut,))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    same(weights(tmp_path / "whole"), weights(cut))
+    whole, cut = killed_and_resumed(
+        forkserver, run, tmp_path, n_kills=20, finished="gated", complete=complete
+    )
+    same(weights(whole), weights(cut))
     assert not list(cut.glob(".*"))  # nothing half there is left
 
 

@@ -34,7 +34,7 @@ from IPython.display import HTML, display
 from lib.data.corpus import load_corpus
 from lib.dictionaries import Dictionary
 from lib.display import FeatureBrowser, colored_tokens, concept_text, latent_text
-from lib.latents.source import DictionarySource, record_of
+from lib.latents import DictionarySource, record_of
 from lib.models import load_model
 model, tokenizer = load_model({model!r}, device="cpu")
 source = DictionarySource(model, Dictionary.load({dictionary!r}))

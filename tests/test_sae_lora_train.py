@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import random
 import shutil
-import signal
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +29,7 @@ from lib.data.tokenize import collate
 from lib.dictionaries import Dictionary, DictionaryConfig
 from lib.dictionaries.sparsity import TopK
 from lib.models import load_model, read
+from tests.kills import killed_and_resumed
 from tests.sae_lora_worker import (
     D_SAE,
     N_REFIT,
@@ -639,46 +637,28 @@ def test_folders_that_are_needed_or_cannot_be(model, dictionary, tmp_path):
     assert fit.history[-1]["step"] == N_STEPS + N_REFIT
 
 
-def start(forkserver, folder):
-    process = forkserver.Process(target=run, args=(folder,))
-    process.start()
-    return process
+def complete(path) -> None:
+    assert {p.name for p in path.iterdir()} == {"state.json", "training.safetensors"}
+    assert json.loads((path / "state.json").read_text())["step"] == int(path.name[11:])
+    load_file(path / "training.safetensors")
 
 
 def test_kill_nine_at_six_moments(tmp_path, forkserver):
     """The adapter after any number of kills is that of an uninterrupted run, bit for bit."""
-    rng, cut, began = random.Random(0), tmp_path / "cut", time.monotonic()
-    process = start(forkserver, tmp_path / "whole")
-    process.join(120)
-    assert process.exitcode == 0
-    duration = time.monotonic() - began
-    killed, progressed = 0, set()
-    for _ in range(100):
-        if killed == 6:
-            break
-        if (cut / "params.safetensors").exists():  # it got to the end: start again
-            shutil.rmtree(cut)
-        process = start(forkserver, cut)
-        process.join(rng.uniform(0.2, 0.9) * duration)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            killed += 1
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
-        for path in cut.glob("checkpoint-*"):  # complete or absent
-            progressed.add(path.name)
-            assert {p.name for p in path.iterdir()} == {"state.json", "training.safetensors"}
-            assert json.loads((path / "state.json").read_text())["step"] == int(path.name[11:])
-            load_file(path / "training.safetensors")
-    assert killed == 6 and len(progressed) >= 2, progressed
-    process = start(forkserver, cut)
-    process.join(120)
-    assert process.exitcode == 0
+    whole, cut = killed_and_resumed(
+        forkserver,
+        run,
+        tmp_path,
+        n_kills=6,
+        finished="params.safetensors",
+        complete=complete,
+        earliest=0.2,
+        n_checkpoints=2,
+    )
     assert {p.name for p in cut.iterdir()} == {"params.safetensors", "metadata.json"}
-    same(*(load_file(tmp_path / name / "params.safetensors") for name in ("whole", "cut")))
+    same(*(load_file(path / "params.safetensors") for path in (whole, cut)))
     histories = [
-        json.loads((tmp_path / name / "metadata.json").read_text())["history"]
-        for name in ("whole", "cut")
+        json.loads((path / "metadata.json").read_text())["history"] for path in (whole, cut)
     ]
     assert timeless(histories[0]) == timeless(histories[1])
 

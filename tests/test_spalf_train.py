@@ -3,11 +3,6 @@
 import itertools
 import json
 import math
-import os
-import random
-import shutil
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +18,7 @@ from lib.spalf.checkpoints import load_checkpoint, save_checkpoint
 from lib.spalf.trainer import KL_SHARE, LAWS, Trainer, _largest
 from lib.spalf.whitening import Whitener
 from tests.fit_worker import Planted
+from tests.kills import killed_and_resumed
 from tests.spalf_worker import D_IN, N_STEPS, anchors, config, patched_kl, run, stream, train
 
 CPU = torch.device("cpu")
@@ -518,12 +514,6 @@ def test_resume_from_what_cannot_be(tmp_path):
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
 
 
-def start(forkserver, folder: Path):
-    process = forkserver.Process(target=run, args=(folder,))
-    process.start()
-    return process
-
-
 def complete(path: Path) -> None:
     assert {p.name for p in path.iterdir()} == {f"{n}.safetensors" for n in FILES} | {
         "metadata.json"
@@ -535,32 +525,10 @@ def complete(path: Path) -> None:
 
 def test_kill_nine_at_twelve_moments(tmp_path, forkserver):
     """The weights after any number of kills are those of an uninterrupted run, bit for bit."""
-    rng, cut, began = random.Random(0), tmp_path / "cut", time.monotonic()
-    process = start(forkserver, tmp_path / "whole")
-    process.join(120)
-    assert process.exitcode == 0
-    duration = time.monotonic() - began
-    killed, progressed = 0, set()
-    for _ in range(100):
-        if killed == 12:
-            break
-        if (cut / "dictionary").exists():  # it got to the end: start again
-            shutil.rmtree(cut)
-        process = start(forkserver, cut)
-        process.join(rng.uniform(0.1, 0.9) * duration)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            killed += 1
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
-        for path in cut.glob("checkpoint-*"):  # complete or absent
-            progressed.add(path.name)
-            complete(path)
-    assert killed == 12 and len(progressed) >= 3, progressed
-    process = start(forkserver, cut)
-    process.join(120)
-    assert process.exitcode == 0
-    same(weights(tmp_path / "whole"), weights(cut))
+    whole, cut = killed_and_resumed(
+        forkserver, run, tmp_path, n_kills=12, finished="dictionary", complete=complete
+    )
+    same(weights(whole), weights(cut))
     assert not list(cut.glob(".*"))  # nothing half there is left
 
 

@@ -14,7 +14,8 @@ from lib.data.corpus import load_corpus
 from lib.dictionaries import Dictionary, DictionaryConfig, SparseActs
 from lib.dictionaries.sparsity import ReLU
 from lib.latents import LatentRecord, collect
-from lib.latents.source import DictionarySource, LatentSource, SaeLoraSource, record_of
+from lib.latents.recording import record_of
+from lib.latents.source import DictionarySource, LatentSource, SaeLoraSource
 from lib.latents.steering import (
     ablate,
     clamp,

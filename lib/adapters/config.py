@@ -74,6 +74,13 @@ class SaeLoraConfig:
                 f"need {' and '.join(free)}: sparsity {self.sparsity!r} has nothing else to go by"
             )
 
+    def require_within(self, d_sae: int) -> None:
+        """Raises ValueError where more latents are to be read or written than there are."""
+        for name in ("n_read", "n_write"):
+            wanted = getattr(self, name)
+            if wanted is not None and wanted > d_sae:
+                raise ValueError(f"need {name} <= d_sae {d_sae}, got {wanted}")
+
     @property
     def penalised(self) -> bool:
         """Whether the method has a weight."""

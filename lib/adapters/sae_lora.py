@@ -245,10 +245,7 @@ def _require_sae(dictionary: Dictionary, config: SaeLoraConfig) -> None:
             f"need a dictionary of one site that reconstructs its input, got site_dims "
             f"{dictionary.config.site_dims}, out_dims {dictionary.config.out_dims}"
         )
-    for name in ("n_read", "n_write"):
-        wanted = getattr(config, name)
-        if wanted is not None and wanted > dictionary.d_sae:
-            raise ValueError(f"need {name} <= d_sae {dictionary.d_sae}, got {wanted}")
+    config.require_within(dictionary.d_sae)
 
 
 def _require_width(adapter: SaeLora, width: int) -> None:

@@ -8,10 +8,9 @@ left, at a learning rate that falls to 0. Model and dictionary are frozen throug
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from lib.adapters.loss import Chats, assistant_loss, held_out_loss
 from lib.adapters.regularizers import Regularizer, latent_norms, n_on
 from lib.adapters.sae_lora import SaeLora
 from lib.dictionaries.checkpoints import clear_checkpoints, sweep
+from lib.models.modes import frozen, require_eval
 from lib.runtime import require_writable
 
 WARMUP = 10
@@ -127,20 +127,17 @@ def train_sae_lora(
     adapter.config = config  # which a saved adapter names
     if folder is None and (resume or checkpoint_every):
         raise ValueError("resume and checkpoint_every need a folder, got none")
-    run = Training(adapter, config)
-    identity = {"config": asdict(config), "n_held_out": len(held_out)}
-    identity |= {"batch_size": chats.batch_size, "data_seed": chats.seed, "n_chats": len(chats)}
+    run, identity = Training(adapter, config), {}
     if folder is not None:
         folder = require_writable(Path(folder))
-        identity |= {"chats": chats.fingerprint, "model": weights_fingerprint(model)}
-        identity["dictionary"] = [float(p.double().sum()) for p in adapter.dictionary.parameters()]
+        identity = _identity(model, adapter, chats, held_out)
         sweep(folder, ())
         if resume:
             load_checkpoint(folder, run, identity)
         else:
             clear_checkpoints(folder)
     progress = tqdm(total=run.n_total, initial=run.step, desc="SAE-LoRA", mininterval=2)
-    with _frozen(model, adapter), adapter.attached(model), progress:
+    with _without_gates(adapter), frozen(model), adapter.attached(model), progress:
         began = time.perf_counter() - run.seconds
         while run.step < run.n_total:
             loss = _step(model, run, chats)
@@ -166,70 +163,27 @@ def train_sae_lora(
     return SaeLoraFit(adapter, run.history, run.seconds)
 
 
-def sparsity_path(
-    model: nn.Module,
-    adapter: SaeLora,
-    chats: Chats,
-    held_out: Chats,
-    sizes: Sequence[int],
-    config: SaeLoraConfig,
-) -> dict[int, SaeLoraFit]:
-    """From a trained adapter to ever smaller supports of `size` reads and `size` writes.
-
-    Each starts from the one before, so a whole curve costs little more than its smallest point;
-    `adapter` itself stays as it is.
-
-    Args:
-        config: of each stage; its `n_read` and `n_write` are set to the stage's size.
-
-    Raises:
-        ValueError: sizes that do not fall, or a config of the dense variant, which has no size.
-    """
-    if config.sparsity == "none":
-        raise ValueError("need a sparsity method for a path of sizes, got 'none'")
-    if not sizes or list(sizes) != sorted(set(sizes), reverse=True):
-        raise ValueError(f"need sizes that fall, got {list(sizes)}")
-    stages = {size: replace(config, n_read=size, n_write=size) for size in sizes}
-    return _one_after_another(model, adapter, chats, held_out, stages)
+def _identity(model: nn.Module, adapter: SaeLora, chats: Chats, held_out: Chats) -> dict:
+    """What a checkpoint must agree with to be gone on from."""
+    return {
+        "config": asdict(adapter.config),
+        "chats": chats.fingerprint,
+        "n_chats": len(chats),
+        "batch_size": chats.batch_size,
+        "data_seed": chats.seed,
+        "n_held_out": len(held_out),
+        "model": weights_fingerprint(model),
+        "dictionary": [float(p.double().sum()) for p in adapter.dictionary.parameters()],
+    }
 
 
-def weight_sweep(
-    model: nn.Module,
-    adapter: SaeLora,
-    chats: Chats,
-    held_out: Chats,
-    weights: Sequence[float],
-    config: SaeLoraConfig,
-) -> dict[float, SaeLoraFit]:
-    """From a trained adapter under an ever heavier penalty, without a target: each from the last.
-
-    Args:
-        config: of each stage, with a sparsity that has a weight; weight and targets are set here.
-
-    Raises:
-        ValueError: weights that do not rise, or a method without a weight.
-    """
-    if not config.penalised:
-        raise ValueError(f"need a sparsity with a weight to sweep, got {config.sparsity!r}")
-    if not weights or list(weights) != sorted(set(weights)):
-        raise ValueError(f"need weights that rise, got {list(weights)}")
-    free = {"n_read": None, "n_write": None}
-    stages = {weight: replace(config, weight=weight, **free) for weight in weights}
-    return _one_after_another(model, adapter, chats, held_out, stages)
-
-
-def _one_after_another(
-    model: nn.Module,
-    adapter: SaeLora,
-    chats: Chats,
-    held_out: Chats,
-    stages: dict[Any, SaeLoraConfig],
-) -> dict[Any, SaeLoraFit]:
-    fits = {}
-    for name, stage in stages.items():
-        adapter = adapter.restricted()
-        fits[name] = train_sae_lora(model, adapter, chats, held_out, config=stage)
-    return fits
+@contextlib.contextmanager
+def _without_gates(adapter: SaeLora) -> Iterator[None]:
+    """Gates that are learned in here do not outlive it, whatever happens."""
+    try:
+        yield
+    finally:
+        adapter.gates = None
 
 
 def _step(model: nn.Module, run: Training, chats: Chats) -> float:
@@ -295,28 +249,10 @@ def _stops_early(run: Training) -> bool:
 
 
 def _check(model: nn.Module, adapter: SaeLora, config: SaeLoraConfig) -> None:
-    if model.training:
-        raise ValueError("need a model in eval mode; call model.eval()")
+    require_eval(model)
     if config.rank != adapter.rank or config.mode != adapter.config.mode:
         raise ValueError(
             f"need a config of rank {adapter.rank} and mode {adapter.config.mode}, like the "
             f"adapter's, got {config.rank} and {config.mode}"
         )
-    for name in ("n_read", "n_write"):
-        wanted = getattr(config, name)
-        if wanted is not None and wanted > adapter.d_sae:
-            raise ValueError(f"need {name} <= d_sae {adapter.d_sae}, got {wanted}")
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module, adapter: SaeLora) -> Iterator[None]:
-    """No parameter of `model` gets a gradient in here; gates do not outlive it."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        adapter.gates = None
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    config.require_within(adapter.d_sae)

@@ -109,7 +109,7 @@ def read_mass(adapter: SaeLora, share: Float[Tensor, " d_sae"], record: LatentRe
     Each latent counts by its read weight (norm over ranks) times its activation mass in `record`.
 
     Args:
-        share: of each latent's mass, from `lib.analysis.labels.concept_mass` or `context_mass`.
+        share: of each latent's mass, from `lib.analysis.labels.concept_mass`.
     """
     mass = torch.zeros(record.n_latents, dtype=torch.float64)
     mass.index_add_(0, record.indices.long(), record.values.abs().double())

@@ -108,33 +108,6 @@ def chance(record: LatentRecord, concept: str) -> float:
     return float(concept_tokens(record, concept).double().mean())
 
 
-def context_mass(
-    record: LatentRecord, rows_on: Bool[Tensor, " n_rows"]
-) -> Float[Tensor, " n_latents"]:
-    """Share of each latent's activation mass in chosen rows of the corpus, such as the exchanges
-    on one topic; 0 for a dead latent. To be held against `context_chance`.
-
-    Raises:
-        ValueError: another number of rows than the record's.
-    """
-    return _mass(record, _in_rows(record, rows_on))
-
-
-def context_chance(record: LatentRecord, rows_on: Bool[Tensor, " n_rows"]) -> float:
-    """Share of the tokens in chosen rows.
-
-    Raises:
-        ValueError: another number of rows than the record's.
-    """
-    return float(_in_rows(record, rows_on).double().mean())
-
-
-def _in_rows(record: LatentRecord, rows_on: Bool[Tensor, " n_rows"]) -> Bool[Tensor, " n"]:
-    if len(rows_on) != record.n_rows:
-        raise ValueError(f"need rows_on of length {record.n_rows}, got {len(rows_on)}")
-    return rows_on[record.rows.long()]
-
-
 def _mass(record: LatentRecord, tokens: Bool[Tensor, " n"]) -> Float[Tensor, " n_latents"]:
     mass, n = record.values.abs().double(), record.n_latents
     there = mass * tokens[record.acts.rows]

@@ -4,15 +4,15 @@ from html import escape
 
 import ipywidgets as widgets
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lib.display.card import shaded
 from lib.display.tokens import readable_tokens
 from lib.latents.source import Edit, LatentSource
 from lib.latents.steering import clamp, scale
-from lib.models.answer import answer
+from lib.models.answer import answer, prompt_ids
 
 MAX_NEW_TOKENS = 64
 NOTE = (
@@ -77,9 +77,9 @@ class PromptBox:
         """Unchanged, and with the latent changed."""
         if self._unchanged is None or self._unchanged[0] != prompt:
             with self.source.edited({}):
-                self._unchanged = prompt, _reply(self.source.model, self.tokenizer, prompt)
+                self._unchanged = prompt, self._answer(prompt)
         with self.source.edited({self.latent: self.edit()}):
-            changed = _reply(self.source.model, self.tokenizer, prompt)
+            changed = self._answer(prompt)
         return self._unchanged[1], changed
 
     def _react(self, afresh: bool = False) -> None:
@@ -113,34 +113,15 @@ class PromptBox:
             f"<p class='fb-text'>{shaded(texts, values, top or 1.0)}</p><p>{note}</p>"
         )
 
+    def _answer(self, prompt: str) -> str:
+        model = self.source.model
+        return answer(model, self.tokenizer, [prompt], max_new_tokens=MAX_NEW_TOKENS)[0]
+
     def _on_prompt(self, prompt: str) -> tuple[list[int], list[float]]:
         """The prompt's tokens and the latent's values there."""
-        ids = prompt_ids(self.tokenizer, prompt)
+        ids = torch.tensor([prompt_ids(self.tokenizer, prompt)])
         acts = self.source.latents(ids, torch.ones_like(ids, dtype=torch.bool))
         own = acts.indices == self.latent
         values = torch.zeros(ids.shape[1])
         values[acts.rows[own].cpu()] = acts.values[own].float().cpu()
         return ids[0].tolist(), values.tolist()
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Int[Tensor, "1 seq"]:
-    """A user's message as the chat template renders it; plain text where there is no template."""
-    chat = tokenizer.chat_template is not None
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
-
-
-def _reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    if tokenizer.chat_template is not None:
-        return answer(model, tokenizer, [prompt], max_new_tokens=MAX_NEW_TOKENS)[0]
-    ids = prompt_ids(tokenizer, prompt).to(model.device)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()

@@ -1,7 +1,8 @@
 """Latents over a corpus and in a running model: which fire where, in which text, what they do."""
 
 from lib.latents.record import Context, LatentRecord, assemble, collect
-from lib.latents.source import DictionarySource, Edit, LatentSource, SaeLoraSource, record_of
+from lib.latents.recording import record_of
+from lib.latents.source import DictionarySource, Edit, LatentSource, SaeLoraSource
 from lib.latents.steering import (
     DoseResponse,
     ablate,

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from lib.activations.backends import hf
 from lib.adapters.sae_lora import SaeLora
-from lib.data.corpus import Corpus
 from lib.dictionaries import Dictionary, SparseActs
-from lib.dictionaries.kernels.sparse import starts_of
-from lib.latents.record import LatentRecord, Part, assemble
 from lib.models.families import hugging_face
+from lib.models.modes import require_eval
 from lib.models.sites import read, replace, site_dim
 
 Edit = Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]
@@ -96,7 +94,7 @@ class DictionarySource:
                 an edit that gave another number of values.
         """
         require_latents(edits, self.n_latents)
-        _require_eval(self.model)
+        require_eval(self.model)
         chosen = list(edits)
         directions = self.dictionary.W_dec[chosen]
 
@@ -160,7 +158,7 @@ class SaeLoraSource:
             ValueError: as `DictionarySource.edited`.
         """
         require_latents(edits, self.n_latents)
-        _require_eval(self.model)
+        require_eval(self.model)
         chosen, site = list(edits), self.hook_name
         directions = self._directions(chosen)
         with read(self.model, [site]) as plain, self.adapter.attached(self.model):
@@ -188,34 +186,6 @@ class SaeLoraSource:
         return (a.read_weights[latents] * a.scale) @ a.write_directions
 
 
-@torch.no_grad()
-def record_of(
-    source: LatentSource, corpus: Corpus, *, batch_rows: int = 64, skip_special: bool = True
-) -> LatentRecord:
-    """The latents of `source` over `corpus`, on the CPU.
-
-    Args:
-        batch_rows: rows of the corpus in a forward pass; memory grows with it.
-        skip_special: leave special tokens out, as harvesting does; the model reads them.
-
-    Raises:
-        ValueError: `batch_rows` below 1; a token id that the model does not have; no token to
-            record; a model in training mode.
-    """
-    if batch_rows < 1:
-        raise ValueError(f"need batch_rows >= 1, got {batch_rows}")
-    n_ids = hugging_face(source.model).get_input_embeddings().num_embeddings
-    largest = int(corpus.ids.max())
-    if largest >= n_ids:
-        raise ValueError(
-            f"the model has {n_ids} token ids, but the corpus holds id {largest}; "
-            "need the model's own tokenizer"
-        )
-    starts = range(0, len(corpus.ids), batch_rows)
-    parts = (_part(source, corpus, start, start + batch_rows, skip_special) for start in starts)
-    return assemble(parts, corpus)
-
-
 def require_latents(latents: Collection[int], n_latents: int) -> None:
     """Raises ValueError for latents that are not in 0 to `n_latents - 1`."""
     bad = [latent for latent in latents if not 0 <= latent < n_latents]
@@ -223,25 +193,11 @@ def require_latents(latents: Collection[int], n_latents: int) -> None:
         raise ValueError(f"need latents in 0 to {n_latents - 1}, got {bad}")
 
 
-def _part(source: LatentSource, corpus: Corpus, start: int, stop: int, skip_special: bool) -> Part:
-    """The latents of some rows of `corpus`."""
-    rows = corpus.rows(start, stop)
-    width = int(rows.mask.any(0).sum())  # no need to run columns of padding
-    mask = rows.mask[:, :width]
-    acts = source.latents(rows.ids[:, :width].long(), mask)
-    kept = ~rows.special[:, :width][mask] if skip_special else mask[mask]
-    at, positions = (x[kept] for x in mask.nonzero(as_tuple=True))
-    pairs = kept.to(acts.rows.device)[acts.rows]
-    offsets = starts_of(acts.offsets.diff()[kept.to(acts.offsets.device)])
-    acts = SparseActs(acts.indices[pairs], acts.values[pairs], offsets, acts.n_latents)
-    return Part(acts, rows.ids[at, positions], at + start, positions)
-
-
 def _acts_at(
     model: nn.Module, hook_name: str, tokens: Int[Tensor, "batch seq"], mask: Tensor
 ) -> Float[Tensor, "n d"]:
     """Activations of the real tokens; the model stops at the site."""
-    _require_eval(model)
+    require_eval(model)
     device = hugging_face(model).device
     x = hf(model, [hook_name])(tokens.to(device), mask.to(device))[hook_name]
     return x[mask.to(x.device)]
@@ -295,10 +251,5 @@ def _site(model: nn.Module, dictionary: Dictionary, hook_name: str) -> str:
     width = site_dim(model, name)
     if dictionary.d_in != width:
         raise ValueError(f"need a dictionary of width {width} at {name}, got {dictionary.d_in}")
-    _require_eval(model)
+    require_eval(model)
     return name
-
-
-def _require_eval(model: nn.Module) -> None:
-    if model.training:
-        raise ValueError("need a model in eval mode; call model.eval()")

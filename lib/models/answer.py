@@ -4,6 +4,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """A user's message as the chat template renders it; plain text where there is no template."""
+    chat = tokenizer.chat_template is not None
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+
+
 @torch.no_grad()
 def answer(
     model: PreTrainedModel,
@@ -17,13 +26,7 @@ def answer(
 
     Prompts of equal length share a batch, so none needs padding and none depends on another.
     """
-    rendered = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        for prompt in prompts
-    ]
-    rows = tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         by_length.setdefault(len(row), []).append(i)

@@ -1,7 +1,6 @@
 """What a model loses when an activation is rebuilt, as a loss to train the rebuilding with."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lib.data.corpus import Corpus
+from lib.models.modes import frozen, require_eval
 from lib.models.sites import replace, site_dim
 
 Rebuild = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
@@ -49,7 +49,7 @@ class PatchedKL:
             raise ValueError(f"need seed >= 0, got {seed}")
         self.width = site_dim(model, hook_name)
         """Of the activations that `rebuild` gets."""
-        _require_eval(model)
+        require_eval(model)
         self._patched = corpus.mask & ~corpus.special if skip_special else corpus.mask
         self._usable = (corpus.mask[:, 1:] & corpus.mask[:, :-1]).any(1).nonzero()[:, 0]
         if not len(self._usable):
@@ -80,7 +80,7 @@ class PatchedKL:
         Raises:
             ValueError: a negative step, a model in training mode, or `rebuild` changed the shape.
         """
-        _require_eval(self._model)
+        require_eval(self._model)
         rows = self.rows(step)
         mask = self._corpus.mask[rows]
         width = int(mask.any(0).sum())
@@ -88,7 +88,7 @@ class PatchedKL:
         edit = self._editor(rebuild, self._patched[rows, :width])
         with torch.no_grad():
             clean = self._logits(ids, mask)
-        with _frozen(self._model), replace(self._model, self._hook_name, edit):
+        with frozen(self._model), replace(self._model, self._hook_name, edit):
             patched = self._logits(ids, mask)
         return _kl(clean, patched)
 
@@ -125,21 +125,3 @@ class PatchedKL:
 def _kl(clean: Float[Tensor, "n vocab"], patched: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
     log_p, log_q = clean.float().log_softmax(-1), patched.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-
-def _require_eval(model: nn.Module) -> None:
-    if model.training:
-        raise ValueError("need a model in eval mode; call model.eval()")
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of `model` enters a graph that is built in here."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
