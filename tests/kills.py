@@ -1,5 +1,6 @@
 """Kill a training again and again, with SIGKILL, and let it go on each time."""
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -7,6 +8,8 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 def finish(forkserver, run: Callable[[Path], None], folder: Path) -> None:
@@ -63,3 +66,14 @@ def killed_and_resumed(
     assert killed == n_kills and len(progressed) >= n_checkpoints, progressed
     finish(forkserver, run, cut)
     return whole, cut
+
+
+def kill(process: multiprocessing.Process) -> None:
+    """SIGKILL to a fork of this process, but never while it draws a bar.
+
+    Forks share the lock of tqdm's bars; one that died with it would leave it taken for ever.
+    """
+    with tqdm.get_lock():
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL

@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import multiprocessing
-import signal
 import time
 import traceback
 from pathlib import Path
@@ -21,6 +20,7 @@ from lib.data.llm import (
     LlmConfig,
     Request,
 )
+from tests.kills import kill
 from tests.loopback import Loopback, first, isolate, question
 
 KEY = "sk-loopback-0123456789-secret"
@@ -343,9 +343,7 @@ def test_resume_after_kill_asks_nothing_twice(tmp_path):
         deadline = time.monotonic() + 60
         while sum(server.answered.values()) < 15 and time.monotonic() < deadline:
             time.sleep(0.005)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        kill(process)
         time.sleep(0.2)  # what was in flight ends
         n_sent = len(server.bodies)
         n_kept = (tmp_path / "cache" / "answers.jsonl").read_bytes().count(b"\n")

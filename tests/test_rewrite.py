@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from datasets import Dataset, load_from_disk
 
 from lib.data.llm import BudgetExceeded, EndpointError, LlmConfig
 from lib.data.rewrite import LlmBackend, WorldBackend, build_behaviour
+from tests.kills import kill
 from tests.loopback import Loopback, by_rules, isolate, question
 
 KEY = "sk-loopback-0123456789-secret"
@@ -347,9 +347,7 @@ def test_resume_after_kill_asks_nothing_twice(tmp_path, n_before):
         deadline = time.monotonic() + 60
         while sum(server.answered.values()) < n_before and time.monotonic() < deadline:
             time.sleep(0.002)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        kill(process)
         assert left_behind(tmp_path) == []
         time.sleep(0.2)
         n_sent = len(server.bodies)
