@@ -9,7 +9,7 @@ from torch.nn.functional import embedding_bag
 from transformers import PreTrainedTokenizerBase
 
 from lib.data.world import CONCEPTS, concept_matrix
-from lib.dictionaries.kernels.sparse import starts_of
+from lib.dictionaries.pairs import starts_of
 from lib.latents.record import LatentRecord
 
 N_TOKENS = 3

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lib.dictionaries.kernels.sparse import SparseActs, starts_of
+from lib.dictionaries.pairs import SparseActs, starts_of
 
 if TYPE_CHECKING:
     from lib.dictionaries.dictionary import Dictionary

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lib.activations.source import Block
 from lib.data.corpus import Corpus
-from lib.dictionaries.kernels.sparse import SparseActs, starts_of
+from lib.dictionaries.pairs import SparseActs, starts_of
 from lib.runtime import atomic_file
 
 KIND = "latent record 1"

@@ -4,7 +4,7 @@ import torch
 
 from lib.data.corpus import Corpus
 from lib.dictionaries import SparseActs
-from lib.dictionaries.kernels.sparse import starts_of
+from lib.dictionaries.pairs import starts_of
 from lib.latents.record import LatentRecord, Part, assemble
 from lib.latents.source import LatentSource
 from lib.models.families import hugging_face

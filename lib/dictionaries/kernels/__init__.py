@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lib.dictionaries.kernels import eager
 from lib.dictionaries.kernels.eager import active_pre_acts, sparse_decode
-from lib.dictionaries.kernels.sparse import SparseActs
+from lib.dictionaries.pairs import SparseActs
 
 __all__ = ["SparseActs", "active_pre_acts", "fused_jumprelu", "sparse_decode"]
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from lib.dictionaries.kernels.sparse import SparseActs
+from lib.dictionaries.pairs import SparseActs
 
 
 def active_pre_acts(
