@@ -14,7 +14,7 @@ from lib.dictionaries import (
     losses,
     recipes,
 )
-from lib.dictionaries.kernels import active_pre_acts, sparse_decode
+from lib.dictionaries.kernels import active_pre_acts, fused_jumprelu, sparse_decode
 from lib.dictionaries.losses import Pass
 from lib.dictionaries.sparsity import (
     BatchTopK,
@@ -22,8 +22,6 @@ from lib.dictionaries.sparsity import (
     JumpReLU,
     ReLU,
     TopK,
-    jumprelu,
-    step,
 )
 
 RULES = [ReLU(), Gated(), JumpReLU(threshold=0.6), TopK(k=5), BatchTopK(k=5)]
@@ -109,7 +107,7 @@ def test_kernels_without_any_pair_or_token():
 def test_sparse_training_has_the_gradients_of_dense_arithmetic(rule, tied):
     d = perturbed(rule, tied=tied).double()
     x = torch.randn(30, 12, dtype=torch.float64)
-    acts, _ = d.training_acts(x)
+    acts, *_ = d.training_acts(x)
     d.decode_sparse(acts).square().sum().backward()
     ours = {name: p.grad.clone() for name, p in d.named_parameters()}
     d.zero_grad()
@@ -124,7 +122,7 @@ def test_topk_keeps_k_and_batchtopk_n_times_k():
     d = perturbed(TopK(k=5))
     assert (d.encode(x) > 0).sum(1).max() == 5
     d = perturbed(BatchTopK(k=5))
-    acts, pre = d.training_acts(x)
+    acts, _, pre = d.training_acts(x)
     assert len(acts.values) == 250 and acts.offsets.diff().max() > 5
     kept = acts.dense() > 0
     assert pre[kept].min() >= pre[~kept].max()
@@ -145,7 +143,7 @@ def test_batchtopk_ranks_by_code_norm():
     d = perturbed(BatchTopK(k=2), unit_norm_decoder=False)
     with torch.no_grad():
         d.W_dec *= torch.linspace(0.1, 3, 40)[:, None]
-    acts, pre = d.training_acts(torch.randn(60, 12))
+    acts, _, pre = d.training_acts(torch.randn(60, 12))
     scores = pre * d.W_dec.norm(dim=1)
     kept = acts.dense() > 0
     assert scores[kept].min() >= scores[~kept].max() and pre[kept].min() < pre[~kept].max()
@@ -166,15 +164,19 @@ def test_inference_does_not_depend_on_neighbours(rule):
         torch.testing.assert_close(sparse, d(x[0]), atol=1e-5, rtol=1e-5)
 
 
+def jumped(pre, theta, width):
+    """`acts` and `l0` as the kernel gives them, with a gradient to θ itself."""
+    return fused_jumprelu(pre, theta.log(), torch.full_like(theta, width).detach())[:2]
+
+
 def test_jumprelu_uses_both_halves_of_the_band():
     """θ's gradient comes from pre-activations just below it as well as just above."""
     theta = torch.tensor([1.0], requires_grad=True)
     for offset in (-0.1, 0.1):
-        pre = torch.tensor([[1 + offset]])
-        assert torch.autograd.grad(step(pre, theta, 0.5).sum(), theta)[0] == -1 / 0.5
-        assert torch.autograd.grad(jumprelu(pre, theta, 0.5).sum(), theta)[0] == -1 / 0.5
-    far = torch.tensor([[1.3], [0.7]])
-    assert torch.autograd.grad(step(far, theta, 0.5).sum(), theta)[0] == 0
+        for output in jumped(torch.tensor([[1 + offset]]), theta, 0.5):
+            assert torch.autograd.grad(output.sum(), theta, retain_graph=True)[0] == -1 / 0.5
+    far = jumped(torch.tensor([[1.3], [0.7]]), theta, 0.5)[1]
+    assert torch.autograd.grad(far.sum(), theta)[0] == 0
 
 
 def test_jumprelu_gradient_is_that_of_the_smoothed_loss():
@@ -182,9 +184,38 @@ def test_jumprelu_gradient_is_that_of_the_smoothed_loss():
     torch.manual_seed(0)
     pre = torch.randn(400_000, 1, dtype=torch.float64)
     theta = torch.tensor([0.8], dtype=torch.float64, requires_grad=True)
-    estimate = torch.autograd.grad(step(pre, theta, 0.1).mean(), theta)[0].item()
+    estimate = torch.autograd.grad(jumped(pre, theta, 0.1)[1].mean(), theta)[0].item()
     density = torch.exp(torch.tensor(-0.5 * 0.8**2)).item() / (2 * torch.pi) ** 0.5
     assert estimate == pytest.approx(-density, rel=0.03)
+
+
+@pytest.mark.parametrize("bandwidth", [0.1, 0.8])
+def test_jumprelu_at_pairs_is_the_whole_one(bandwidth, monkeypatch):
+    """Values, L0 and every gradient, though pairs below the band are never looked at."""
+    monkeypatch.setattr("lib.dictionaries.sparsity.DENSE", 1.0)
+    d = perturbed(JumpReLU(threshold=1.2, bandwidth=bandwidth)).double()
+    x = torch.randn(50, 12, dtype=torch.float64)
+    x[[0, 7, 49]] = 0.01  # tokens without a latent
+    found = []
+    for whole in (False, True):
+        acts, l0, _ = d.training_acts(x, whole=whole)
+        assert isinstance(acts, SparseActs) != whole
+        x_hat = d.decode(acts) if whole else d.decode_sparse(acts)
+        ((x - x_hat).square().sum() + (l0 * torch.arange(50) / 9).sum()).backward()
+        code = acts if whole else acts.dense()
+        found.append([code.detach(), l0.detach(), *(p.grad.clone() for p in d.parameters())])
+        d.zero_grad()
+    assert found[0][0].any(1).sum() < 50 and not found[0][0].any(0).all()
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_jumprelu_of_many_latents_trains_whole():
+    d = perturbed(JumpReLU(threshold=0.1))
+    x = torch.randn(50, 12)
+    assert isinstance(d.training_acts(x)[0], torch.Tensor)
+    with torch.no_grad():
+        d.log_threshold.fill_(1.4)
+    assert isinstance(d.training_acts(x)[0], SparseActs)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=IDS)
@@ -237,9 +268,9 @@ def test_code_norms():
 def a_pass(recipe, dead=(), t=0.5, **options) -> Pass:
     d = perturbed(recipe.rule, **options)
     x = 2 * torch.randn(64, 12)
-    acts, pre = d.training_acts(x)
+    acts, l0, pre = d.training_acts(x, whole=recipe.whole)
     x_hat = d.decode_sparse(acts) if isinstance(acts, SparseActs) else d.decode(acts)
-    return Pass(d, x, x, x_hat, acts, pre, torch.tensor(dead, dtype=torch.long), t)
+    return Pass(d, x, x, x_hat, acts, pre, torch.tensor(dead, dtype=torch.long), t, l0)
 
 
 def test_auxk_reaches_the_dead_and_nobody_else():

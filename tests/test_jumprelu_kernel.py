@@ -1,4 +1,4 @@
-"""The fused JumpReLU: eager against float64 and the two plain functions, Triton against eager.
+"""The fused JumpReLU: eager against float64, Triton against eager.
 
 Without a GPU the Triton kernels run under its interpreter, in a process of their own.
 """
@@ -14,7 +14,6 @@ from torch.autograd import grad, gradcheck
 
 from lib import paths
 from lib.dictionaries.kernels import eager, fused_jumprelu
-from lib.dictionaries.sparsity import jumprelu, step
 
 ROOT = paths.root()
 CUDA = torch.cuda.is_available()
@@ -87,25 +86,6 @@ def test_single_elements_by_hand():
             moves = {0: float(place > 3), 1: 0.0, 2: -float(right)}[which]
             assert d_pre[place].item() == moves and d_pre.abs().sum() == abs(moves)
             assert d_log_threshold.item() == right
-
-
-def test_it_is_jumprelu_and_step_where_one_bandwidth_serves_all():
-    inputs, grads = some(50, 120)
-    inputs = (*inputs[:2], torch.full((120,), 0.3, dtype=torch.float64))
-    grads[2] = torch.zeros(50, dtype=torch.float64)
-
-    def separate(pre, log_threshold, bandwidth):
-        theta = log_threshold.exp()
-        return (
-            jumprelu(pre, theta, 0.3),
-            step(pre, theta, 0.3).sum(1),
-            pre.new_zeros(50) * pre[:, 0],
-        )
-
-    ours, right = (run(f, inputs, grads) for f in (fused_jumprelu, separate))
-    for i in (0, 1, 3):
-        assert torch.equal(ours[i], right[i])
-    torch.testing.assert_close(ours[4], right[4])  # summed in another order
 
 
 def test_gradient_of_the_gap_is_exact():
@@ -195,7 +175,7 @@ def test_triton_path_on_the_edges():
 
 def compare_with_triton(inputs, grads):
     """Also: the same bits again, whatever the strides."""
-    from lib.dictionaries.kernels.jumprelu import triton_jumprelu
+    from lib.dictionaries.kernels.triton_kernels import triton_jumprelu
 
     device = "cuda" if CUDA else "cpu"
     right = run(eager.fused_jumprelu, inputs, grads)
@@ -231,7 +211,7 @@ def test_the_kernels_under_the_interpreter():
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("kernel", ["_forward", "_backward"])
+@pytest.mark.parametrize("kernel", ["_jumprelu", "_jumprelu_backward"])
 @pytest.mark.parametrize("pre", ["fp32", "bf16"])
 def test_the_kernels_compile_for_a_gpu(kernel, pre, tmp_path, monkeypatch):
     """What the interpreter accepts the compiler may not; it needs no GPU."""
@@ -239,17 +219,15 @@ def test_the_kernels_compile_for_a_gpu(kernel, pre, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lib.dictionaries.kernels import jumprelu as module
+    from lib.dictionaries.kernels import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(module, kernel)
+    function = getattr(triton_kernels, kernel)
     types = dict.fromkeys(function.arg_names, "*fp32")
     types |= dict.fromkeys(("pre", "acts", "d_acts", "d_pre"), f"*{pre}")
     types |= dict.fromkeys(("n", "d_sae"), "i32")
-    sizes = {"BLOCK_N": module.BLOCK_N, "BLOCK_D": module.BLOCK_D}
-    types |= dict.fromkeys(sizes, "constexpr")
     signature = {name: types[name] for name in function.arg_names}
-    source = ASTSource(function, signature, sizes)
+    source = ASTSource(function, signature)
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 

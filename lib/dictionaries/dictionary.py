@@ -76,12 +76,19 @@ class Dictionary(nn.Module):
         parts = (self.W_dec,) if kind == "decoder" else self.W_dec.split(dims, dim=1)
         return torch.stack([part.norm(dim=1) for part in parts]).sum(0)
 
-    def pre_acts(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-        """`(x - b_dec) @ W_enc + b_enc`: a Gated dictionary's gate, every other rule's input."""
-        bias = self.b_enc
+    def pre_acts(
+        self, x: Float[Tensor, "n d_in"], out: Float[Tensor, "n d_sae"] | None = None
+    ) -> Float[Tensor, "n d_sae"]:
+        """`(x - b_dec) @ W_enc + b_enc`: a Gated dictionary's gate, every other rule's input.
+
+        Written to `out`, in its type and without a graph, if there is one.
+        """
         if self.config.apply_b_dec_to_input:
-            bias = bias - self.encoder_rows @ self.b_dec
-        return torch.addmm(bias, x, self.W_enc)
+            x = x - self.b_dec
+        if out is None:
+            return torch.addmm(self.b_enc, x, self.W_enc)
+        b_enc, x, W_enc = (t.detach().to(out.dtype) for t in (self.b_enc, x, self.W_enc))
+        return torch.addmm(b_enc, x, W_enc, out=out)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Latents of every activation, each on its own.
@@ -112,22 +119,30 @@ class Dictionary(nn.Module):
         return self.decode(self.encode(x))
 
     def training_acts(
-        self, x: Float[Tensor, "n d_in"]
-    ) -> tuple[SparseActs | Float[Tensor, "n d_sae"], Float[Tensor, "n d_sae"]]:
-        """Latents as they are trained, and pre-activations.
+        self,
+        x: Float[Tensor, "n d_in"],
+        *,
+        whole: bool = False,
+        out: Float[Tensor, "n d_sae"] | None = None,
+    ) -> tuple[
+        SparseActs | Float[Tensor, "n d_sae"], Float[Tensor, "n"] | None, Float[Tensor, "n d_sae"]
+    ]:
+        """Latents as they are trained, what the rule says of their number, and pre-activations.
 
         A sparse rule gives pairs with a graph, and pre-activations without one; it may look at
-        the whole batch. The others give dense matrices with a graph.
+        the whole batch. The others, and all that are asked for the `whole` matrix, give dense
+        matrices with a graph. Pre-activations without one are written to `out`.
         """
         rule = self.config.rule
-        if not rule.sparse:
-            pre = self.pre_acts(x)
-            return rule.acts(pre, self), pre
-        with torch.no_grad():
-            pre = self.pre_acts(x)
-            active = rule.select(pre, self)
-        values = active_pre_acts(x, self.encoder_rows, self.b_enc, self.b_in, active)
-        return active.with_values(values.relu()), pre
+        if rule.sparse and not whole:
+            with torch.no_grad():
+                pre = self.pre_acts(x, out)
+                active = rule.select(pre, self)
+            if active is not None:
+                values = active_pre_acts(x, self.encoder_rows, self.b_enc, self.b_in, active)
+                return *rule.paired(values, active, self), pre
+        pre = self.pre_acts(x)
+        return *rule.whole(pre, self), pre
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -140,7 +155,8 @@ class Dictionary(nn.Module):
         """Remove from each decoder row's gradient what would change only the row's norm."""
         grad = self.W_dec.grad
         if self.config.unit_norm_decoder and grad is not None:
-            grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
+            along = torch.linalg.vecdot(grad, self.W_dec)
+            grad.addcmul_(along[:, None], self.W_dec, value=-1)
 
     @torch.no_grad()
     def folded(self, mean: Float[Tensor, "d_in"], scale: Float[Tensor, "d_in"]) -> "Dictionary":

@@ -29,6 +29,9 @@ class FitConfig:
     each site to mean norm sqrt(d), `per_dim` centres and scales each dimension, `none`."""
     dead_after: int = 1_000_000
     """Tokens without firing after which a latent counts as dead."""
+    dtype: str = "float32"
+    """Of the large products: float32, or bfloat16 on a GPU, where it is twice as fast or more.
+    Weights, their gradients and the loss are in float32 with either."""
     seed: int = 0
     """Of initial weights and of resampling; the stream has its own."""
     log_every: int = 20
@@ -52,6 +55,8 @@ class FitConfig:
             raise ValueError(f"need checkpoint_every >= 0, got {self.checkpoint_every}")
         if self.lr_schedule not in SCHEDULES:
             raise ValueError(f"need lr_schedule in {SCHEDULES}, got {self.lr_schedule!r}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"need dtype float32 or bfloat16, got {self.dtype!r}")
         if self.normalize not in KINDS:
             raise ValueError(f"need normalize in {KINDS}, got {self.normalize!r}")
 

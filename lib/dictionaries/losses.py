@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.kernels import SparseActs, sparse_decode
-from lib.dictionaries.sparsity import step
 
 
 @dataclass(eq=False)
@@ -31,6 +30,8 @@ class Pass:
     """Latents that have not fired for long."""
     t: float
     """Share of the training that is done, 0 to 1."""
+    l0: Float[Tensor, "n"] | None = None
+    """Active latents of each token, with a gradient: a JumpReLU's only."""
 
     @property
     def error(self) -> Float[Tensor, "n d_out"]:
@@ -164,9 +165,7 @@ class L0:
             raise ValueError(f"need target > 0, got {self.target}")
 
     def __call__(self, p: Pass) -> Float[Tensor, ""]:
-        rule = p.dictionary.config.rule
-        threshold = p.dictionary.log_threshold.exp()
-        l0 = step(p.pre_acts, threshold, rule.bandwidth).sum(1).mean()
+        l0 = p.l0.mean()
         penalty = l0 if self.target is None else (l0 / self.target - 1).square()
         return self.weight * ramp(p.t, self.ramp) * penalty
 

@@ -49,6 +49,7 @@ _NEEDS = {
     L1: _DENSE, Entropy: _DENSE, GhostGradients: _DENSE, GateL1: Gated, GateReconstruction: Gated,
     L0: JumpReLU,
 }  # fmt: skip
+_WHOLE = (L1, Entropy, GhostGradients, GateL1, GateReconstruction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,11 @@ class Recipe:
             needs = _NEEDS.get(type(term), Rule)
             if not isinstance(self.rule, needs):
                 raise ValueError(f"{type(term).__name__} cannot go with {self.rule}; need {needs}")
+
+    @property
+    def whole(self) -> bool:
+        """Whether a term reads latents as a whole matrix, not at the active pairs alone."""
+        return any(isinstance(term, _WHOLE) for term in self.terms)
 
     def dictionary(self, **shape) -> DictionaryConfig:
         """The config of a dictionary of this rule: `site_dims`, `d_sae`, `hook_names`, …

@@ -2,8 +2,10 @@
 
 A rule is a small frozen object. `init` gives the parameters and buffers that it needs beside the
 dictionary's own, `acts` the latents at inference, which never depend on a token's neighbours.
-A *sparse* rule (TopK, BatchTopK) also has `select`: which pairs are active in training, found
-without a graph; only they are decoded and get gradients. The others train through `acts`.
+In training a *sparse* rule (JumpReLU, TopK, BatchTopK) has `select`: the pairs that may be active,
+found without a graph, or None if they are too many to gain by it; only they are decoded and get
+gradients, through `paired`. The others, and a JumpReLU of many latents, train through `whole`.
+Both give, beside the latents, the number of active ones of each token if it has a gradient.
 """
 
 import math
@@ -11,15 +13,23 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lib.dictionaries.kernels import fused_jumprelu, paired_jumprelu
 from lib.dictionaries.pairs import SparseActs, starts_of
+from lib.dictionaries.selection import largest_of_rows, places_above
 
 if TYPE_CHECKING:
     from lib.dictionaries.dictionary import Dictionary
 
 Acts = Float[Tensor, "n d_sae"]
+Values = Float[Tensor, "nnz"]
+L0s = Float[Tensor, "n"]
+HINT = 0.95
+"""Of BatchTopK's last threshold: only scores above it are compared, if they are enough."""
+DENSE = 1 / 14
+"""Share of active pairs from which on dense products are faster than sparse ones, on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +43,9 @@ class ReLU:
 
     def acts(self, pre: Acts, dictionary: "Dictionary") -> Acts:
         return pre.relu()
+
+    def whole(self, pre: Acts, dictionary: "Dictionary") -> tuple[Acts, None]:
+        return self.acts(pre, dictionary), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +67,9 @@ class Gated:
         magnitude = (pre - dictionary.b_enc) * dictionary.r_mag.exp() + dictionary.b_mag
         return torch.where(pre > 0, magnitude.relu(), 0)
 
+    def whole(self, pre: Acts, dictionary: "Dictionary") -> tuple[Acts, None]:
+        return self.acts(pre, dictionary), None
+
 
 @dataclass(frozen=True, kw_only=True)
 class JumpReLU:
@@ -69,7 +85,7 @@ class JumpReLU:
     """Where every θ starts, in units of the pre-activations."""
     bandwidth: float = 0.5
     """Width of the rectangle, in the same units."""
-    sparse = False
+    sparse = True
 
     def __post_init__(self) -> None:
         for name in ("threshold", "bandwidth"):
@@ -81,7 +97,23 @@ class JumpReLU:
         dictionary.log_threshold = nn.Parameter(start)
 
     def acts(self, pre: Acts, dictionary: "Dictionary") -> Acts:
-        return jumprelu(pre, dictionary.log_threshold.exp(), self.bandwidth)
+        return torch.where(pre > dictionary.log_threshold.exp(), pre, 0)
+
+    def whole(self, pre: Acts, dictionary: "Dictionary") -> tuple[Acts, L0s]:
+        bandwidth = torch.full_like(dictionary.log_threshold, self.bandwidth)
+        acts, l0, _ = fused_jumprelu(pre, dictionary.log_threshold, bandwidth)
+        return acts, l0
+
+    def select(self, pre: Acts, dictionary: "Dictionary") -> SparseActs | None:
+        """All above `θ - bandwidth / 2`: below it nothing has a gradient."""
+        places = places_above(pre, dictionary.log_threshold.exp() - self.bandwidth / 2)
+        return None if len(places) > DENSE * pre.numel() else _pairs(pre, places)
+
+    def paired(
+        self, values: Values, active: SparseActs, dictionary: "Dictionary"
+    ) -> tuple[SparseActs, L0s]:
+        acts, l0 = paired_jumprelu(values, dictionary.log_threshold, self.bandwidth, active)
+        return active.with_values(acts), l0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +135,20 @@ class TopK:
         pass
 
     def acts(self, pre: Acts, dictionary: "Dictionary") -> Acts:
-        values, indices = pre.topk(self.k, dim=1, sorted=False)
-        return torch.zeros_like(pre).scatter(1, indices, values.relu())
+        indices = largest_of_rows(pre.detach(), self.k)
+        return torch.zeros_like(pre).scatter(1, indices, pre.gather(1, indices).relu())
 
     def select(self, pre: Acts, dictionary: "Dictionary") -> SparseActs:
-        values, indices = pre.topk(self.k, dim=1, sorted=False)
+        indices = largest_of_rows(pre, self.k)
         offsets = torch.arange(len(pre) + 1, device=pre.device) * self.k
-        return SparseActs(indices.flatten(), values.flatten(), offsets, pre.shape[1])
+        return SparseActs(
+            indices.flatten(), pre.gather(1, indices).flatten(), offsets, pre.shape[1]
+        )
+
+    def paired(
+        self, values: Values, active: SparseActs, dictionary: "Dictionary"
+    ) -> tuple[SparseActs, None]:
+        return active.with_values(values.relu()), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,30 +178,31 @@ class BatchTopK:
         return torch.where(pre * dictionary.code_norms() > dictionary.threshold, pre, 0).relu()
 
     def select(self, pre: Acts, dictionary: "Dictionary") -> SparseActs:
-        scores = pre * dictionary.code_norms()
-        kept = _largest(scores.flatten(), len(pre) * self.k, 0.9 * dictionary.threshold)
-        rows, indices = kept // pre.shape[1], kept % pre.shape[1]
-        counts = torch.bincount(rows, minlength=len(pre))
-        offsets = starts_of(counts)
-        if len(kept):
-            smallest = scores.flatten()[kept].min()
+        count, norms = len(pre) * self.k, dictionary.code_norms()
+        places = places_above(pre, HINT * dictionary.threshold / norms)
+        if len(places) < count:  # the hint was too high
+            places = places_above(pre, torch.zeros_like(norms))
+        scores = pre.take(places) * norms[places % pre.shape[1]]
+        if len(places) > count:
+            kept = scores.topk(count, sorted=False).indices.sort().values
+            places, scores = places[kept], scores[kept]
+        if len(places):
+            smallest = scores.min()
             past = torch.where(dictionary.threshold == 0, smallest, dictionary.threshold)
             dictionary.threshold.copy_(past.lerp(smallest, 1 - self.threshold_decay))
-        return SparseActs(indices, pre[rows, indices], offsets, pre.shape[1])
+        return _pairs(pre, places)
+
+    def paired(
+        self, values: Values, active: SparseActs, dictionary: "Dictionary"
+    ) -> tuple[SparseActs, None]:
+        return active.with_values(values.relu()), None
 
 
-def _largest(scores: Float[Tensor, "m"], count: int, hint: Float[Tensor, ""]) -> Tensor:
-    """Places of the `count` largest positive scores, ascending.
-
-    Sorting all of them is slow: those above `hint` are tried first, and only when they are too
-    few, all positive ones.
-    """
-    places = (scores > hint.clamp(min=0)).nonzero().flatten()
-    if len(places) < count:
-        places = (scores > 0).nonzero().flatten()
-    if len(places) > count:
-        places = places[scores[places].topk(count, sorted=False).indices].sort().values
-    return places
+def _pairs(pre: Acts, places: Int[Tensor, "nnz"]) -> SparseActs:
+    """The entries at `places`, which are counted along the rows; rows ascend."""
+    n, d_sae = pre.shape
+    offsets = starts_of(torch.bincount(places // d_sae, minlength=n))
+    return SparseActs(places % d_sae, pre.take(places), offsets, d_sae)
 
 
 Rule = ReLU | Gated | JumpReLU | TopK | BatchTopK
@@ -176,44 +216,3 @@ def rule_to_json(rule: Rule) -> dict:
 def rule_from_json(fields: dict) -> Rule:
     fields = dict(fields)
     return RULES[fields.pop("name")](**fields)
-
-
-class _JumpReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, pre, threshold, bandwidth):
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return torch.where(pre > threshold, pre, 0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        pre, threshold = ctx.saved_tensors
-        near = (pre - threshold).abs() < ctx.bandwidth / 2
-        d_threshold = -(threshold / ctx.bandwidth) * torch.where(near, grad, 0).sum(0)
-        return torch.where(pre > threshold, grad, 0), d_threshold, None
-
-
-class _Step(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, pre, threshold, bandwidth):
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return (pre > threshold).to(pre)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        pre, threshold = ctx.saved_tensors
-        near = (pre - threshold).abs() < ctx.bandwidth / 2
-        return None, -torch.where(near, grad, 0).sum(0) / ctx.bandwidth, None
-
-
-def jumprelu(pre: Acts, threshold: Float[Tensor, "d_sae"], bandwidth: float) -> Acts:
-    """`pre · 1[pre > θ]`; θ's gradient is the rectangle's estimate (arXiv:2407.14435, eq. 11)."""
-    return _JumpReLU.apply(pre, threshold, bandwidth)
-
-
-def step(pre: Acts, threshold: Float[Tensor, "d_sae"], bandwidth: float) -> Acts:
-    """`1[pre > θ]`, whose row sums are L0; θ's gradient as in `jumprelu` (eq. 12)."""
-    return _Step.apply(pre, threshold, bandwidth)

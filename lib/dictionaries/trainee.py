@@ -13,15 +13,39 @@ from lib.dictionaries.fit_config import FitConfig
 from lib.dictionaries.kernels import SparseActs
 from lib.dictionaries.losses import Pass
 from lib.dictionaries.recipes import Recipe
+from lib.runtime import resolve_dtype
+
+
+class Scratch:
+    """Memory for one large matrix, to be written anew at every step.
+
+    Pages that are new each time would take a CPU as long as a fifth of the product they are for.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def matrix(self, n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`[n m]`, not initialised; what was there before is lost."""
+        memory = self._memory
+        if memory.numel() < n * m or memory.dtype != dtype or memory.device != device:
+            self._memory = memory = torch.empty(0)  # or both would be there at once
+            self._memory = memory = torch.empty(n * m, dtype=dtype, device=device)
+        return memory[: n * m].view(n, m)
 
 
 class Trainee:
-    """Trains one dictionary on batches that others may share."""
+    """Trains one dictionary on batches that others may share, and `scratch` with them."""
 
     def __init__(
-        self, config: DictionaryConfig, recipe: Recipe, fit: FitConfig, device: torch.device
+        self,
+        config: DictionaryConfig,
+        recipe: Recipe,
+        fit: FitConfig,
+        device: torch.device,
+        scratch: Scratch | None = None,
     ) -> None:
-        self.recipe, self.fit = recipe, fit
+        self.recipe, self.fit, self.scratch = recipe, fit, scratch or Scratch()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(fit.seed)
             self.dictionary = Dictionary(config).to(device).train()
@@ -59,9 +83,10 @@ class Trainee:
             group["lr"] = (self.recipe.lr or fit.lr) * fit.lr_factor(step)
         loss.backward()
         d.project_decoder_grad_()
-        norm = torch.nn.utils.clip_grad_norm_(d.parameters(), fit.grad_clip)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in d.parameters() if p.grad is not None])
         if not norm.isfinite():
             raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}")
+        self.optimizer.grad_scale = (norm / fit.grad_clip).clamp(min=1)  # Adam divides by it
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # its memory is the next dictionary's
         d.normalize_decoder_()  # after the step, or rows drift off the sphere
@@ -145,9 +170,13 @@ class Trainee:
         x, target = self._split(batch)
         x = self.normalizer(x)
         target = x if d.config.out_dims is None else target
-        acts, pre = d.training_acts(x)
-        x_hat = d.decode_sparse(acts) if isinstance(acts, SparseActs) else d.decode(acts)
-        return Pass(d, x, target, x_hat, acts, pre, self._dead(), t)
+        pairs = d.config.rule.sparse and not self.recipe.whole
+        dtype = resolve_dtype(self.fit.dtype)
+        out = self.scratch.matrix(len(x), d.d_sae, dtype, x.device) if pairs else None
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            acts, l0, pre = d.training_acts(x, whole=not pairs, out=out)
+            x_hat = d.decode_sparse(acts) if isinstance(acts, SparseActs) else d.decode(acts)
+        return Pass(d, x, target, x_hat, acts, pre, self._dead(), t, l0)
 
     @torch.no_grad()
     def _resample(self, out: Pass) -> None:

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lib.dictionaries.kernels import eager
-from lib.dictionaries.kernels.eager import active_pre_acts, sparse_decode
+from lib.dictionaries.kernels.eager import active_pre_acts, paired_jumprelu, sparse_decode
 from lib.dictionaries.pairs import SparseActs
 
-__all__ = ["SparseActs", "active_pre_acts", "fused_jumprelu", "sparse_decode"]
+__all__ = ["SparseActs", "active_pre_acts", "fused_jumprelu", "paired_jumprelu", "sparse_decode"]
 
 
 def fused_jumprelu(
@@ -45,6 +45,6 @@ def fused_jumprelu(
     if not pre.is_cuda:
         return eager.fused_jumprelu(pre, log_threshold, bandwidth)
     # here, because triton is slow to import and not installed everywhere
-    from lib.dictionaries.kernels.jumprelu import triton_jumprelu
+    from lib.dictionaries.kernels.triton_kernels import triton_jumprelu
 
     return triton_jumprelu(pre, log_threshold, bandwidth)

@@ -6,11 +6,12 @@ token, or, with the pairs sorted by latent, of activations for each latent.
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from lib.dictionaries.pairs import SparseActs
+from lib.dictionaries.selection import true_places
 
 
 def active_pre_acts(
@@ -49,12 +50,30 @@ def fused_jumprelu(
     return _FusedJumpReLU.apply(pre, log_threshold, bandwidth)
 
 
+def paired_jumprelu(
+    values: Float[Tensor, "nnz"],
+    log_threshold: Float[Tensor, "d_sae"],
+    bandwidth: float,
+    active: SparseActs,
+) -> tuple[Float[Tensor, "nnz"], Float[Tensor, "n"]]:
+    """`acts` and `l0` of `fused_jumprelu` at pairs: all above `θ - bandwidth / 2` must be there."""
+    return _PairedJumpReLU.apply(values, log_threshold, bandwidth, active)
+
+
 def _weight_gradient(
-    active: SparseActs, values: Float[Tensor, "nnz"], dense: Float[Tensor, "n d"]
+    active: SparseActs,
+    values: Float[Tensor, "nnz"],
+    dense: Float[Tensor, "n d"],
+    like: Float[Tensor, "_ d"],
 ) -> Float[Tensor, "d_sae d"]:
-    """`acts.T @ dense`, where acts holds `values` at the pairs of `active`."""
+    """`acts.T @ dense`, with `values` at the pairs of `active` and the type of `like`."""
     order, starts = active.by_latent
-    return _bags(active.rows[order], starts, values[order], dense)
+    return _bags(active.rows[order], starts, values[order], dense, like.dtype)
+
+
+def _sum_by_latent(active: SparseActs, values: Float[Tensor, "nnz"]) -> Float[Tensor, "d_sae"]:
+    ones = values.new_ones(active.n, 1)  # index_add_ is not exact on a GPU
+    return _weight_gradient(active, values, ones, ones)[:, 0]
 
 
 class _ActivePreActs(torch.autograd.Function):
@@ -62,17 +81,15 @@ class _ActivePreActs(torch.autograd.Function):
     def forward(ctx, x, encoder, b_enc, b_in, active):
         ctx.save_for_backward(x, encoder, b_in)
         ctx.active = active
-        return active.values.clone()
+        return active.values.to(encoder.dtype, copy=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, encoder, b_in = ctx.saved_tensors
         active = ctx.active
-        ones = grad.new_ones(active.n, 1)
-        d_b_enc = _weight_gradient(active, grad, ones)[:, 0]  # index_add_ is not exact on a GPU
-        d_encoder = _weight_gradient(active, grad, x)
-        d_encoder.addr_(d_b_enc, b_in, alpha=-1)  # (x - b_in) without a copy of x
+        d_b_enc = _sum_by_latent(active, grad)
+        d_encoder = _weight_gradient(active, grad, (x - b_in).to(active.values.dtype), encoder)
         d_x = _by_token(active, grad, encoder) if ctx.needs_input_grad[0] else None
         return d_x, d_encoder, d_b_enc, -(d_b_enc @ encoder), None
 
@@ -80,20 +97,39 @@ class _ActivePreActs(torch.autograd.Function):
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, W_dec, active):
-        ctx.save_for_backward(values, W_dec)
+        kind = W_dec.device.type
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else W_dec.dtype
+        rows = W_dec.to(low)
+        ctx.save_for_backward(values, rows, W_dec[:0])
         ctx.active = active
-        return _by_token(active, values, W_dec)
+        return _by_token(active, values, rows).to(W_dec.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        values, W_dec = ctx.saved_tensors
-        active = ctx.active
-        grad = grad.contiguous()
-        d_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, W_dec, active.indices, active.offsets[:-1], active.rows, 0
-        )
-        return d_values, _weight_gradient(active, values, grad), None
+        values, rows, like = ctx.saved_tensors
+        active, grad = ctx.active, grad.to(rows.dtype).contiguous()
+        d_values = _dots(active, grad, rows).to(values.dtype)
+        return d_values, _weight_gradient(active, values, grad, like), None
+
+
+class _PairedJumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, log_threshold, bandwidth, active):
+        threshold = log_threshold.exp()[active.indices]
+        on = (values > threshold).to(values.dtype)
+        ctx.save_for_backward(values, on, threshold)
+        ctx.active, ctx.bandwidth = active, bandwidth
+        l0 = on.new_zeros(active.n).index_add_(0, active.rows, on)  # of ones: exact in any order
+        return values * on, l0
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_acts, d_l0):
+        values, on, threshold = ctx.saved_tensors
+        near = (values - threshold).abs() < ctx.bandwidth / 2
+        jump = torch.where(near, threshold * d_acts + d_l0[ctx.active.rows], 0) / ctx.bandwidth
+        return d_acts * on, -_sum_by_latent(ctx.active, threshold * jump), None, None
 
 
 class _FusedJumpReLU(torch.autograd.Function):
@@ -104,7 +140,7 @@ class _FusedJumpReLU(torch.autograd.Function):
         acts = torch.gt(wide, threshold, out=torch.empty_like(wide))  # twice as fast as a bool
         l0 = acts.sum(1)
         acts = acts.mul_(wide).to(pre.dtype)
-        places = _true_places((wide - threshold).abs_() < bandwidth / 2)
+        places = true_places((wide - threshold).abs_() < bandwidth / 2)
         tokens, latents = places // pre.shape[1], places % pre.shape[1]
         u, widths = wide.take(places) - threshold[latents], bandwidth[latents]
         gap = torch.zeros_like(l0).index_add_(0, tokens, 0.5 - u.abs() / widths)
@@ -125,26 +161,11 @@ class _FusedJumpReLU(torch.autograd.Function):
         return d_pre.to(acts.dtype), d_log_threshold.to(ctx.parameter_dtype), None
 
 
-def _true_places(mask: Bool[Tensor, "n d"]) -> Int[Tensor, "nnz"]:
-    """Where a mask is true, counted along its rows.
-
-    Eight entries at a time are looked at as one integer, which finds the few true ones of a large
-    mask in a third of the time. With many, looking at each is faster.
-    """
-    flat = mask.flatten()
-    if len(flat) % 8 == 0:
-        eights = flat.view(torch.int64).nonzero()
-        if len(eights) * 8 < len(flat) // 8:
-            places = eights * 8 + torch.arange(8, device=mask.device)
-            return places[flat[places]]
-    return flat.nonzero()[:, 0]
-
-
 def _by_token(
     active: SparseActs, values: Float[Tensor, "nnz"], rows: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "n d"]:
     """`acts @ rows`, where acts holds `values` at the pairs of `active`."""
-    return _bags(active.indices, active.offsets, values, rows)
+    return _bags(active.indices, active.offsets, values, rows, values.dtype)
 
 
 def _bags(
@@ -152,10 +173,29 @@ def _bags(
     offsets: Int[Tensor, "n_plus_1"],
     weights: Float[Tensor, "nnz"],
     rows: Float[Tensor, "m d"],
+    dtype: torch.dtype,
 ) -> Float[Tensor, "n d"]:
     """Sum i is that of `weights * rows[places]` from `offsets[i]` to `offsets[i + 1]`, or zeros."""
+    if rows.is_cuda:
+        from lib.dictionaries.kernels.triton_kernels import triton_bags
+
+        return triton_bags(places, offsets, weights, rows, dtype)
     if len(offsets) == 1:
-        return rows.new_zeros(0, rows.shape[1])
+        return rows.new_zeros(0, rows.shape[1], dtype=dtype)
+    weights = weights.to(rows.dtype)
     return embedding_bag(
         places, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    ).to(dtype)
+
+
+def _dots(
+    active: SparseActs, left: Float[Tensor, "n d"], right: Float[Tensor, "d_sae d"]
+) -> Float[Tensor, "nnz"]:
+    """`(left @ right.T)` at the pairs of `active`."""
+    if left.is_cuda:
+        from lib.dictionaries.kernels.triton_kernels import triton_dots
+
+        return triton_dots(left, active.rows, right, active.indices)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        left, right, active.indices, active.offsets[:-1], active.rows, 0
     )

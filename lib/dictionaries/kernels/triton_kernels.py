@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
+from triton.language import constexpr
 
-BLOCK_N, BLOCK_D = 32, 128
+BLOCK_N, BLOCK_D = constexpr(32), constexpr(128)
 """Tokens and latents of one JumpReLU program."""
-NEAR_L2 = 25 * 2**20
-"""Bytes that one half of an H200's L2 holds."""
 
 
 def triton_bags(
@@ -28,14 +27,12 @@ def triton_bags(
 ) -> Float[Tensor, "m d"]:
     """`out[i] = Σ_j weights[j] · rows[places[j]]`, with j from `offsets[i]` to `offsets[i + 1]`."""
     m, d = len(offsets) - 1, rows.shape[1]
-    out = rows.new_empty(m, d, dtype=out_dtype)
-    if out.numel():
-        # pairs a turn, as many as a bag has: a latent's 2 to 8 should leave few lanes idle, and
-        # a token's k should keep many loads under way
-        tile = _tile(min(max(triton.next_power_of_2(len(places) // m), 4), 32), rows, weights)
-        given = [tensor.contiguous() for tensor in (places, offsets, weights, rows)]
-        with torch.cuda.device_of(rows):  # Triton launches on the current device
-            _bags[m, triton.cdiv(d, tile["BLOCK"])](*given, out, d, **tile)
+    # a turn takes the pairs of a mean bag: few of a latent, or lanes idle; many of a token, or
+    # too few loads are under way
+    tile = _tile(min(max(triton.next_power_of_2(len(places) // max(m, 1)), 4), 32), rows)
+    out, weights = rows.new_empty(m, d, dtype=out_dtype), weights.to(_wide(weights, rows))
+    grid = (m, triton.cdiv(d, tile["BLOCK"]))
+    _launch(_bags, grid, places, offsets, weights, rows, out, d, **tile)
     return out
 
 
@@ -46,117 +43,99 @@ def triton_dots(
     right_rows: Int[Tensor, "nnz"],
 ) -> Float[Tensor, "nnz"]:
     """`dots[j] = ⟨left[left_rows[j]], right[right_rows[j]]⟩`, as wide as it is summed."""
-    nnz, d = len(left_rows), right.shape[1]
-    tile = _tile(16, right, left)
-    blocks = triton.cdiv(d, tile["BLOCK"])
-    wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-    partial = right.new_empty(blocks, nnz, dtype=wide)
-    if partial.numel():
-        given = [tensor.contiguous() for tensor in (left, left_rows, right, right_rows)]
-        with torch.cuda.device_of(right):
-            _dots[triton.cdiv(nnz, tile["PAIRS"]), blocks](*given, partial, nnz, d, **tile)
-    return partial.sum(0)
-
-
-def triton_jumprelu(
-    pre: Float[Tensor, "n d_sae"],
-    log_threshold: Float[Tensor, "d_sae"],
-    bandwidth: Float[Tensor, "d_sae"],
-) -> tuple[Float[Tensor, "n d_sae"], Float[Tensor, "n"], Float[Tensor, "n"]]:
-    """`lib.dictionaries.kernels.fused_jumprelu` on a GPU, or anywhere under the interpreter."""
-    return _TritonJumpReLU.apply(pre, log_threshold, bandwidth)
-
-
-def _tile(pairs: int, rows: Float[Tensor, "r d"], other: Tensor) -> dict:
-    """What one program of `_bags` or `_dots` handles at a time: `pairs` by a block of columns.
-
-    All programs of one block run before those of the next (the grid's first axis moves fastest),
-    so a block of all `rows` should fit the L2: each row then comes from memory once, not once a
-    pair. A thread has 32 numbers of the tile, so what is being loaded stays in registers.
-    """
-    block = 256 if len(rows) * 256 * rows.element_size() <= NEAR_L2 else 128
-    block = min(block, triton.next_power_of_2(max(rows.shape[1], 1)))
-    wide = tl.float64 if torch.float64 in (rows.dtype, other.dtype) else tl.float32
-    warps = max(1, pairs * block // 1024)
-    return {"PAIRS": pairs, "BLOCK": block, "WIDE": wide, "num_warps": warps}
-
-
-@triton.jit
-@no_type_check  # the annotations are Triton's own
-def _bags(
-    places, offsets, weights, rows, out, d,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
-    bag = tl.program_id(0).to(tl.int64)  # bag and row times d pass 2^31
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros((PAIRS, BLOCK), dtype=WIDE)
-    end = tl.load(offsets + bag + 1)
-    for first in range(tl.load(offsets + bag), end, PAIRS):
-        pairs = first + tl.arange(0, PAIRS)
-        row = tl.load(places + pairs, mask=pairs < end, other=0).to(tl.int64)
-        weight = tl.load(weights + pairs, mask=pairs < end, other=0.0).to(WIDE)
-        inside = (pairs < end)[:, None] & (columns < d)[None, :]
-        values = tl.load(rows + row[:, None] * d + columns[None, :], mask=inside, other=0.0)
-        sums += weight[:, None] * values.to(WIDE)
-    tl.store(out + bag * d + columns, tl.sum(sums, axis=0), mask=columns < d)
-
-
-@triton.jit
-@no_type_check
-def _dots(
-    left, left_rows, right, right_rows, partial, nnz, d,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
-    pairs = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (pairs < nnz)[:, None] & (columns < d)[None, :]
-    row = tl.load(left_rows + pairs, mask=pairs < nnz, other=0).to(tl.int64)
-    ours = tl.load(left + row[:, None] * d + columns[None, :], mask=inside, other=0.0)
-    row = tl.load(right_rows + pairs, mask=pairs < nnz, other=0).to(tl.int64)
-    theirs = tl.load(right + row[:, None] * d + columns[None, :], mask=inside, other=0.0)
-    sums = tl.sum(ours.to(WIDE) * theirs.to(WIDE), axis=1)
-    tl.store(partial + tl.program_id(1).to(tl.int64) * nnz + pairs, sums, mask=pairs < nnz)
+    nnz, d, tile = len(left_rows), right.shape[1], _tile(16, right)
+    grid = (triton.cdiv(nnz, 16), triton.cdiv(d, tile["BLOCK"]))
+    sums = right.new_empty(grid[1], nnz, dtype=_wide(left, right))
+    _launch(_dots, grid, left, left_rows, right, right_rows, sums, nnz, d, **tile)
+    return sums.sum(0)
 
 
 class _TritonJumpReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pre, log_threshold, bandwidth):
-        wide = torch.promote_types(pre.dtype, torch.float32)
+        wide, (n, d_sae) = torch.promote_types(pre.dtype, torch.float32), pre.shape
         pre, threshold = pre.contiguous(), log_threshold.to(wide).exp()
-        bandwidth = bandwidth.to(wide).contiguous()
-        n, d_sae = pre.shape
-        acts = torch.empty_like(pre)
-        l0, gap = threshold.new_empty(2, triton.cdiv(d_sae, BLOCK_D), n)
-        _launch_jumprelu(_jumprelu_forward, pre, threshold, bandwidth, acts, l0, gap)
+        bandwidth, acts = bandwidth.to(wide), torch.empty_like(pre)
+        # latents on the first axis: the second ends at 65,535 blocks of tokens
+        ctx.grid = triton.cdiv(d_sae, BLOCK_D.value), triton.cdiv(n, BLOCK_N.value)
+        l0, gap = threshold.new_empty(2, ctx.grid[0], n)
+        _launch(_jumprelu, ctx.grid, pre, threshold, bandwidth, acts, l0, gap, n, d_sae)
         ctx.save_for_backward(pre, threshold, bandwidth)
         ctx.parameter_dtype = log_threshold.dtype
         return acts, l0.sum(0), gap.sum(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_acts, d_l0, d_gap):
+    def backward(ctx, *grads):
         pre, threshold, bandwidth = ctx.saved_tensors
-        grads = [grad.contiguous() for grad in (d_acts, d_l0, d_gap)]
-        d_pre = torch.empty_like(pre)
-        d_threshold = threshold.new_empty(triton.cdiv(len(pre), BLOCK_N), pre.shape[1])
-        _launch_jumprelu(_jumprelu_backward, pre, threshold, bandwidth, *grads, d_pre, d_threshold)
-        d_log_threshold = threshold * d_threshold.sum(0)
-        return d_pre, d_log_threshold.to(ctx.parameter_dtype), None
+        d_pre, d_threshold = torch.empty_like(pre), threshold.new_empty(ctx.grid[1], pre.shape[1])
+        given = (pre, threshold, bandwidth, *grads, d_pre, d_threshold, *pre.shape)
+        _launch(_jumprelu_backward, ctx.grid, *given)
+        return d_pre, (threshold * d_threshold.sum(0)).to(ctx.parameter_dtype), None
 
 
-def _launch_jumprelu(kernel, pre: Float[Tensor, "n d_sae"], *others: Tensor) -> None:
-    """Latent blocks on the first axis of the grid: the second ends at 65,535 blocks of tokens."""
-    n, d_sae = pre.shape
-    grid = (triton.cdiv(d_sae, BLOCK_D), triton.cdiv(n, BLOCK_N))
-    with torch.cuda.device_of(pre):
-        kernel[grid](pre, *others, n, d_sae, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)
+triton_jumprelu = _TritonJumpReLU.apply
+"""`lib.dictionaries.kernels.fused_jumprelu` on a GPU, or anywhere under Triton's interpreter."""
+
+
+def _tile(pairs: int, rows: Float[Tensor, "r d"]) -> dict:
+    """What one program of `_bags` or `_dots` handles at a time: `pairs` by a block of columns.
+
+    The first axis of the grid moves fastest, so all programs of a block run before the next: while
+    a block of all `rows` fits the nearer half of an H200's 50 MB L2, each row is fetched once, not
+    once a pair. 32 numbers of the tile for each thread stay in registers.
+    """
+    block = 256 if len(rows) * 256 * rows.element_size() <= 25e6 else 128
+    block = min(block, triton.next_power_of_2(rows.shape[1]))
+    return {"PAIRS": pairs, "BLOCK": block, "num_warps": max(1, pairs * block // 1024)}
+
+
+def _wide(one: Tensor, other: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.result_type(one, other), torch.float32)
+
+
+def _launch(kernel, grid: tuple[int, int], *given: Tensor | int, **sizes) -> None:
+    with torch.cuda.device_of(given[0]):  # Triton launches on the current device
+        kernel[grid](*[x.contiguous() if isinstance(x, Tensor) else x for x in given], **sizes)
+
+
+@triton.jit
+@no_type_check  # the annotations are Triton's own
+def _gather(rows, places, pairs, end, columns, d):
+    """`rows[places[pairs], columns]`, and zeros from pair `end` and column `d` on."""
+    row = tl.load(places + pairs, mask=pairs < end, other=0).to(tl.int64)  # row * d passes 2^31
+    inside = (pairs < end)[:, None] & (columns < d)[None, :]
+    return tl.load(rows + row[:, None] * d + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 @no_type_check
-def _jumprelu_block(
-    pre, threshold, bandwidth, n, d_sae, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+def _bags(places, offsets, weights, rows, out, d, PAIRS: constexpr, BLOCK: constexpr):
+    bag = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((PAIRS, BLOCK), dtype=weights.dtype.element_ty)
+    end = tl.load(offsets + bag + 1)
+    for first in range(tl.load(offsets + bag), end, PAIRS):
+        pairs = first + tl.arange(0, PAIRS)
+        weight = tl.load(weights + pairs, mask=pairs < end, other=0.0)
+        sums += weight[:, None] * _gather(rows, places, pairs, end, columns, d)
+    tl.store(out + bag * d + columns, tl.sum(sums, axis=0), mask=columns < d)
+
+
+@triton.jit
+@no_type_check
+def _dots(left, left_rows, right, right_rows, out, nnz, d, PAIRS: constexpr, BLOCK: constexpr):
+    pairs = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ours = _gather(left, left_rows, pairs, nnz, columns, d).to(out.dtype.element_ty)
+    theirs = _gather(right, right_rows, pairs, nnz, columns, d)
+    out += tl.program_id(1).to(tl.int64) * nnz
+    tl.store(out + pairs, tl.sum(ours * theirs, axis=1), mask=pairs < nnz)
+
+
+@triton.jit
+@no_type_check
+def _block(pre, threshold, bandwidth, n, d_sae):
     """This program's block. Outside the matrix `pre` is -inf: neither active nor near."""
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -170,12 +149,8 @@ def _jumprelu_block(
 
 @triton.jit
 @no_type_check
-def _jumprelu_forward(
-    pre, threshold, bandwidth, acts, l0, gap, n, d_sae, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    rows, _, places, inside, value, theta, width = _jumprelu_block(
-        pre, threshold, bandwidth, n, d_sae, BLOCK_N, BLOCK_D
-    )
+def _jumprelu(pre, threshold, bandwidth, acts, l0, gap, n, d_sae):
+    rows, _, places, inside, value, theta, width = _block(pre, threshold, bandwidth, n, d_sae)
     u = value - theta[None, :]
     tl.store(acts + places, tl.where(u > 0, value, 0.0), mask=inside)
     partial = tl.program_id(0).to(tl.int64) * n + rows
@@ -187,12 +162,9 @@ def _jumprelu_forward(
 @triton.jit
 @no_type_check
 def _jumprelu_backward(
-    pre, threshold, bandwidth, d_acts, d_l0, d_gap, d_pre, d_threshold,
-    n, d_sae, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    rows, columns, places, inside, value, theta, width = _jumprelu_block(
-        pre, threshold, bandwidth, n, d_sae, BLOCK_N, BLOCK_D
-    )
+    pre, threshold, bandwidth, d_acts, d_l0, d_gap, d_pre, d_threshold, n, d_sae
+):
+    rows, columns, places, inside, value, theta, width = _block(pre, threshold, bandwidth, n, d_sae)
     u = value - theta[None, :]
     to_acts = tl.load(d_acts + places, mask=inside, other=0.0).to(u.dtype)
     to_l0 = tl.load(d_l0 + rows, mask=rows < n, other=0.0)[:, None]
