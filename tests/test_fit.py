@@ -159,7 +159,7 @@ def test_resampling_revives_dead_latents():
     assert (d.b_enc[:10] == 0).all() and (d.b_enc[10:] != 0).all()
     alive = d.encoder[10:].norm(dim=1).mean()
     torch.testing.assert_close(d.encoder[:10].norm(dim=1), (0.2 * alive).expand(10))
-    state = trainee.optimizer.state[d.encoder]["exp_avg_sq"]
+    state = trainee.optimizer.adam.state[d.encoder]["exp_avg_sq"]
     assert (state[:10] == 0).all() and (state[10:] != 0).any()
     assert (trainee.tokens_since_fired[:10] == 0).all()
 

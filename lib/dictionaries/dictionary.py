@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from lib.dictionaries.config import DictionaryConfig
 from lib.dictionaries.kernels import SparseActs, active_pre_acts, sparse_decode
+from lib.dictionaries.memory import Memory
 from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, TopK
+
+BLOCK = (2**18, 2**25)
+"""Numbers of a matrix that are handled at a time on a CPU, in its cache, and on a GPU."""
 
 
 class Dictionary(nn.Module):
@@ -111,8 +115,10 @@ class Dictionary(nn.Module):
     def decode(self, acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
         return acts @ self.W_dec + self.b_dec
 
-    def decode_sparse(self, acts: SparseActs) -> Float[Tensor, "n d_out"]:
-        return sparse_decode(acts.values, acts, self.W_dec) + self.b_dec
+    def decode_sparse(
+        self, acts: SparseActs, memory: Memory | None = None
+    ) -> Float[Tensor, "n d_out"]:
+        return sparse_decode(acts.values, acts, self.W_dec, memory) + self.b_dec
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The reconstruction."""
@@ -124,6 +130,7 @@ class Dictionary(nn.Module):
         *,
         whole: bool = False,
         out: Float[Tensor, "n d_sae"] | None = None,
+        memory: Memory | None = None,
     ) -> tuple[
         SparseActs | Float[Tensor, "n d_sae"], Float[Tensor, "n"] | None, Float[Tensor, "n d_sae"]
     ]:
@@ -131,7 +138,8 @@ class Dictionary(nn.Module):
 
         A sparse rule gives pairs with a graph, and pre-activations without one; it may look at
         the whole batch. The others, and all that are asked for the `whole` matrix, give dense
-        matrices with a graph. Pre-activations without one are written to `out`.
+        matrices with a graph. Pre-activations without one are written to `out`; gradients of
+        weights, to `memory`.
         """
         rule = self.config.rule
         if rule.sparse and not whole:
@@ -139,7 +147,8 @@ class Dictionary(nn.Module):
                 pre = self.pre_acts(x, out)
                 active = rule.select(pre, self)
             if active is not None:
-                values = active_pre_acts(x, self.encoder_rows, self.b_enc, self.b_in, active)
+                weights = (self.encoder_rows, self.b_enc, self.b_in)
+                values = active_pre_acts(x, *weights, active, memory)
                 return *rule.paired(values, active, self), pre
         pre = self.pre_acts(x)
         return *rule.whole(pre, self), pre
@@ -155,8 +164,10 @@ class Dictionary(nn.Module):
         """Remove from each decoder row's gradient what would change only the row's norm."""
         grad = self.W_dec.grad
         if self.config.unit_norm_decoder and grad is not None:
-            along = torch.linalg.vecdot(grad, self.W_dec)
-            grad.addcmul_(along[:, None], self.W_dec, value=-1)
+            step = max(1, BLOCK[grad.is_cuda] // self.d_out)
+            for part, rows in zip(grad.split(step), self.W_dec.split(step), strict=True):
+                along = torch.linalg.vecdot(part, rows)
+                part.addcmul_(along[:, None], rows, value=-1)
 
     @torch.no_grad()
     def folded(self, mean: Float[Tensor, "d_in"], scale: Float[Tensor, "d_in"]) -> "Dictionary":

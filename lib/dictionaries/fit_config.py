@@ -1,5 +1,6 @@
 """How a dictionary is optimised; what it is stands in `DictionaryConfig`."""
 
+import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ class FitConfig:
     dtype: str = "float32"
     """Of the large products: float32, or bfloat16 on a GPU, where it is twice as fast or more.
     Weights, their gradients and the loss are in float32 with either."""
+    moments: str = "float32"
+    """Of Adam: float32, or 8bit, a quarter of that, which needs the extra `gpu` (bitsandbytes)."""
     seed: int = 0
     """Of initial weights and of resampling; the stream has its own."""
     log_every: int = 20
@@ -57,6 +60,10 @@ class FitConfig:
             raise ValueError(f"need lr_schedule in {SCHEDULES}, got {self.lr_schedule!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"need dtype float32 or bfloat16, got {self.dtype!r}")
+        if self.moments not in ("float32", "8bit"):
+            raise ValueError(f"need moments float32 or 8bit, got {self.moments!r}")
+        if self.moments == "8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError("moments='8bit' needs bitsandbytes: pip install '.[gpu]'")
         if self.normalize not in KINDS:
             raise ValueError(f"need normalize in {KINDS}, got {self.normalize!r}")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.kernels import SparseActs, sparse_decode
@@ -48,7 +49,13 @@ class Reconstruction:
     """Squared error, summed over dimensions, averaged over tokens."""
 
     def __call__(self, p: Pass) -> Float[Tensor, ""]:
-        return p.error.square().sum(1).mean()
+        return _squared_error(p.x_hat, p.target)
+
+
+def _squared_error(
+    x_hat: Float[Tensor, "n d_out"], target: Float[Tensor, "n d_out"]
+) -> Float[Tensor, ""]:
+    return mse_loss(x_hat, target, reduction="sum") / len(target)  # one pass, one in backward
 
 
 @dataclass(frozen=True, kw_only=True)

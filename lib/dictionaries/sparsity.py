@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lib.dictionaries.kernels import fused_jumprelu, paired_jumprelu
+from lib.dictionaries.kernels import fused_jumprelu, sum_by_latent
 from lib.dictionaries.pairs import SparseActs, starts_of
 from lib.dictionaries.selection import largest_of_rows, places_above
 
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 Acts = Float[Tensor, "n d_sae"]
 Values = Float[Tensor, "nnz"]
 L0s = Float[Tensor, "n"]
-HINT = 0.95
-"""Of BatchTopK's last threshold: only scores above it are compared, if they are enough."""
+HINTS = (0.95, 0.85, 0.6, 0.0)
+"""Shares of BatchTopK's last threshold: only scores above the first are compared, if they are
+enough, or else above the next; they are the faster to find and to sort, the fewer."""
 DENSE = 1 / 14
 """Share of active pairs from which on dense products are faster than sparse ones, on a CPU."""
 
@@ -112,7 +113,8 @@ class JumpReLU:
     def paired(
         self, values: Values, active: SparseActs, dictionary: "Dictionary"
     ) -> tuple[SparseActs, L0s]:
-        acts, l0 = paired_jumprelu(values, dictionary.log_threshold, self.bandwidth, active)
+        threshold = dictionary.log_threshold.exp()
+        acts, l0 = _PairedJumpReLU.apply(values, threshold, self.bandwidth, active)
         return active.with_values(acts), l0
 
 
@@ -179,9 +181,10 @@ class BatchTopK:
 
     def select(self, pre: Acts, dictionary: "Dictionary") -> SparseActs:
         count, norms = len(pre) * self.k, dictionary.code_norms()
-        places = places_above(pre, HINT * dictionary.threshold / norms)
-        if len(places) < count:  # the hint was too high
-            places = places_above(pre, torch.zeros_like(norms))
+        for share in HINTS:
+            places = places_above(pre, share * dictionary.threshold / norms)
+            if len(places) >= count:
+                break
         scores = pre.take(places) * norms[places % pre.shape[1]]
         if len(places) > count:
             kept = scores.topk(count, sorted=False).indices.sort().values
@@ -216,3 +219,24 @@ def rule_to_json(rule: Rule) -> dict:
 def rule_from_json(fields: dict) -> Rule:
     fields = dict(fields)
     return RULES[fields.pop("name")](**fields)
+
+
+class _PairedJumpReLU(torch.autograd.Function):
+    """`acts` and `l0` of `fused_jumprelu`, at pairs; all in the band must be among them."""
+
+    @staticmethod
+    def forward(ctx, values, threshold, bandwidth, active):
+        threshold = threshold[active.indices]
+        on = (values > threshold).to(values.dtype)
+        ctx.save_for_backward(values, on, threshold)
+        ctx.active, ctx.bandwidth = active, bandwidth
+        l0 = on.new_zeros(active.n).index_add_(0, active.rows, on)  # of ones: exact in any order
+        return values * on, l0
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_acts, d_l0):
+        values, on, threshold = ctx.saved_tensors
+        near = (values - threshold).abs() < ctx.bandwidth / 2
+        jump = torch.where(near, threshold * d_acts + d_l0[ctx.active.rows], 0) / ctx.bandwidth
+        return d_acts * on, -sum_by_latent(ctx.active, jump), None, None

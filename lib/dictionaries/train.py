@@ -19,9 +19,10 @@ from lib.dictionaries.checkpoints import (
 from lib.dictionaries.config import DictionaryConfig, config_to_json
 from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.fit_config import FitConfig
+from lib.dictionaries.memory import Memory
 from lib.dictionaries.recipes import Recipe
 from lib.dictionaries.tracking import check_tracking, tracker
-from lib.dictionaries.trainee import Scratch, Trainee
+from lib.dictionaries.trainee import Trainee
 from lib.runtime import require_writable
 
 Plan = tuple[DictionaryConfig, Recipe]
@@ -74,8 +75,8 @@ def fit(
     target = _check(plans, config, folder, resume, tracking)
     batches, device = iter(stream), torch.device(device)
     columns = {name: _columns(name, plan[0], sites) for name, plan in plans.items()}
-    scratch = Scratch()
-    trainees = {name: Trainee(*plan, config, device, scratch) for name, plan in plans.items()}
+    memory = Memory()
+    trainees = {name: Trainee(*plan, config, device, memory) for name, plan in plans.items()}
     identity = _identity(plans, config)
     restored = load_checkpoint(target, trainees, batches, identity) if resume else None
     if target and not resume:

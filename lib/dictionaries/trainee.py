@@ -12,30 +12,14 @@ from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.fit_config import FitConfig
 from lib.dictionaries.kernels import SparseActs
 from lib.dictionaries.losses import Pass
+from lib.dictionaries.memory import Memory
+from lib.dictionaries.optimizer import OPTIMIZERS
 from lib.dictionaries.recipes import Recipe
 from lib.runtime import resolve_dtype
 
 
-class Scratch:
-    """Memory for one large matrix, to be written anew at every step.
-
-    Pages that are new each time would take a CPU as long as a fifth of the product they are for.
-    """
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
-
-    def matrix(self, n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """`[n m]`, not initialised; what was there before is lost."""
-        memory = self._memory
-        if memory.numel() < n * m or memory.dtype != dtype or memory.device != device:
-            self._memory = memory = torch.empty(0)  # or both would be there at once
-            self._memory = memory = torch.empty(n * m, dtype=dtype, device=device)
-        return memory[: n * m].view(n, m)
-
-
 class Trainee:
-    """Trains one dictionary on batches that others may share, and `scratch` with them."""
+    """Trains one dictionary on batches that others may share, and `memory` with them."""
 
     def __init__(
         self,
@@ -43,15 +27,13 @@ class Trainee:
         recipe: Recipe,
         fit: FitConfig,
         device: torch.device,
-        scratch: Scratch | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        self.recipe, self.fit, self.scratch = recipe, fit, scratch or Scratch()
+        self.recipe, self.fit, self.memory = recipe, fit, memory or Memory()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(fit.seed)
             self.dictionary = Dictionary(config).to(device).train()
-        self.optimizer = torch.optim.Adam(
-            self.dictionary.parameters(), lr=fit.lr, betas=fit.betas, fused=True
-        )
+        self.optimizer = OPTIMIZERS[fit.moments](self.dictionary, fit)
         self.generator = torch.Generator().manual_seed(fit.seed)
         self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
         self.normalizer = Normalizer.fit("none", torch.zeros(1, config.d_in), config.site_dims)
@@ -67,7 +49,7 @@ class Trainee:
         self.dictionary.b_dec.copy_(target.mean(0))
 
     def step(self, step: int, batch: Float[Tensor, "n d"]) -> Pass:
-        """One optimiser step.
+        """One optimiser step; pre-activations in what it gives last until the next.
 
         Raises:
             FloatingPointError: the loss or its gradient is not finite; weights and optimiser are
@@ -79,16 +61,17 @@ class Trainee:
         loss = torch.stack([term(out) for term in self.recipe.terms]).sum()
         if not loss.isfinite():
             raise FloatingPointError(f"loss is {loss.item()} at step {step}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = (self.recipe.lr or fit.lr) * fit.lr_factor(step)
         loss.backward()
         d.project_decoder_grad_()
         norm = torch.nn.utils.get_total_norm([p.grad for p in d.parameters() if p.grad is not None])
         if not norm.isfinite():
             raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}")
-        self.optimizer.grad_scale = (norm / fit.grad_clip).clamp(min=1)  # Adam divides by it
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # its memory is the next dictionary's
+        lr = (self.recipe.lr or fit.lr) * fit.lr_factor(step)
+        self.optimizer.step(lr, (norm / fit.grad_clip).clamp(min=1))
+        pre = [out.pre_acts] if isinstance(out.acts, SparseActs) else []
+        for matrix in (*(p.grad for p in d.parameters()), *pre):
+            self.memory.give(matrix)  # to the next step, or the next dictionary
+        self.optimizer.zero_grad()
         d.normalize_decoder_()  # after the step, or rows drift off the sphere
         self.tokens_since_fired += len(out.x)
         self.tokens_since_fired[fired(out.acts)] = 0
@@ -118,9 +101,7 @@ class Trainee:
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
         tensors = {f"weights.{k}": v for k, v in self.dictionary.state_dict().items()}
-        for name, parameter in self.dictionary.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{name}.{key}"] = value
+        tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.state().items()}
         return tensors | {
             "tokens_since_fired": self.tokens_since_fired,
             "generator": self.generator.get_state(),
@@ -131,14 +112,8 @@ class Trainee:
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Go on from `state`."""
-        device = self.tokens_since_fired.device
-        weights = {k: v for k, v in tensors.items() if k.startswith("weights.")}
-        self.dictionary.load_state_dict({k.removeprefix("weights."): v for k, v in weights.items()})
-        for name, parameter in self.dictionary.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"optimizer.{name}.{key}"].to(device).clone()
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+        self.dictionary.load_state_dict(_below("weights.", tensors))
+        self.optimizer.load_state(_below("optimizer.", tensors))
         self.tokens_since_fired.copy_(tensors["tokens_since_fired"])
         self.generator.set_state(tensors["generator"].cpu())
         self._set_normalizer(Normalizer(tensors["normalizer.mean"], tensors["normalizer.scale"]))
@@ -168,14 +143,16 @@ class Trainee:
     def _forward(self, batch: Float[Tensor, "n d"], t: float) -> Pass:
         d = self.dictionary
         x, target = self._split(batch)
-        x = self.normalizer(x)
+        x = x if self.fit.normalize == "none" else self.normalizer(x)
         target = x if d.config.out_dims is None else target
         pairs = d.config.rule.sparse and not self.recipe.whole
         dtype = resolve_dtype(self.fit.dtype)
-        out = self.scratch.matrix(len(x), d.d_sae, dtype, x.device) if pairs else None
+        memory = self.memory
+        pre = memory.take(len(x), d.d_sae, dtype, x.device) if pairs else None
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            acts, l0, pre = d.training_acts(x, whole=not pairs, out=out)
-            x_hat = d.decode_sparse(acts) if isinstance(acts, SparseActs) else d.decode(acts)
+            acts, l0, pre = d.training_acts(x, whole=not pairs, out=pre, memory=memory)
+            sparse = isinstance(acts, SparseActs)
+            x_hat = d.decode_sparse(acts, memory) if sparse else d.decode(acts)
         return Pass(d, x, target, x_hat, acts, pre, self._dead(), t, l0)
 
     @torch.no_grad()
@@ -197,9 +174,12 @@ class Trainee:
         d.b_enc[dead] = 0
         for parameter in (d.W_dec, d.encoder, d.b_enc):
             if parameter is not None:
-                self.optimizer.state[parameter]["exp_avg"][dead] = 0
-                self.optimizer.state[parameter]["exp_avg_sq"][dead] = 0
+                self.optimizer.forget(parameter, dead)
         self.tokens_since_fired[dead] = 0
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def fired(

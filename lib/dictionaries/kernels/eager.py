@@ -5,11 +5,14 @@ times the arithmetic that matters. All products here are weighted sums of rows: 
 token, or, with the pairs sorted by latent, of activations for each latent.
 """
 
+import warnings
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from lib.dictionaries.memory import Memory
 from lib.dictionaries.pairs import SparseActs
 from lib.dictionaries.selection import true_places
 
@@ -20,21 +23,25 @@ def active_pre_acts(
     b_enc: Float[Tensor, "d_sae"],
     b_in: Float[Tensor, "d_in"],
     active: SparseActs,
+    memory: Memory | None = None,
 ) -> Float[Tensor, "nnz"]:
     """Pre-activations of the `active` pairs: `active.values`, made differentiable.
 
     The caller has computed `active.values = ((x - b_in) @ encoder.T + b_enc)[rows, indices]`
     without a graph; the backward pass touches these pairs only. `x` gets a gradient if it wants
-    one.
+    one. Here and in `sparse_decode` the gradient of the weights lies in a matrix of `memory`.
     """
-    return _ActivePreActs.apply(x, encoder, b_enc, b_in, active)
+    return _ActivePreActs.apply(x, encoder, b_enc, b_in, active, memory or Memory())
 
 
 def sparse_decode(
-    values: Float[Tensor, "nnz"], active: SparseActs, W_dec: Float[Tensor, "d_sae d_out"]
+    values: Float[Tensor, "nnz"],
+    active: SparseActs,
+    W_dec: Float[Tensor, "d_sae d_out"],
+    memory: Memory | None = None,
 ) -> Float[Tensor, "n d_out"]:
     """`acts @ W_dec` from the pairs of `active` with these `values`; no bias is added."""
-    return _SparseDecode.apply(values, W_dec, active)
+    return _SparseDecode.apply(values, W_dec, active, memory or Memory())
 
 
 def fused_jumprelu(
@@ -50,37 +57,38 @@ def fused_jumprelu(
     return _FusedJumpReLU.apply(pre, log_threshold, bandwidth)
 
 
-def paired_jumprelu(
-    values: Float[Tensor, "nnz"],
-    log_threshold: Float[Tensor, "d_sae"],
-    bandwidth: float,
-    active: SparseActs,
-) -> tuple[Float[Tensor, "nnz"], Float[Tensor, "n"]]:
-    """`acts` and `l0` of `fused_jumprelu` at pairs: all above `θ - bandwidth / 2` must be there."""
-    return _PairedJumpReLU.apply(values, log_threshold, bandwidth, active)
+def sum_by_latent(active: SparseActs, values: Float[Tensor, "nnz"]) -> Float[Tensor, "d_sae"]:
+    """Sums of `values` over the pairs of each latent; equal from run to run, on a GPU too."""
+    order, starts = active.by_latent
+    ones = values.new_ones(active.n, 1)
+    return _bags(active.rows[order], starts, values[order], ones, values.dtype)[:, 0]
 
 
 def _weight_gradient(
     active: SparseActs,
     values: Float[Tensor, "nnz"],
     dense: Float[Tensor, "n d"],
-    like: Float[Tensor, "_ d"],
+    dtype: torch.dtype,
+    memory: Memory,
 ) -> Float[Tensor, "d_sae d"]:
-    """`acts.T @ dense`, with `values` at the pairs of `active` and the type of `like`."""
+    """`acts.T @ dense`, where acts holds `values` at the pairs of `active`."""
     order, starts = active.by_latent
-    return _bags(active.rows[order], starts, values[order], dense, like.dtype)
-
-
-def _sum_by_latent(active: SparseActs, values: Float[Tensor, "nnz"]) -> Float[Tensor, "d_sae"]:
-    ones = values.new_ones(active.n, 1)  # index_add_ is not exact on a GPU
-    return _weight_gradient(active, values, ones, ones)[:, 0]
+    places, weights = active.rows[order], values[order]
+    if dense.is_cuda or not torch.backends.mkl.is_available() or dense.dtype == torch.bfloat16:
+        return _bags(places, starts, weights, dense, dtype)
+    out = memory.take(active.n_latents, dense.shape[1], dtype, dense.device)
+    with warnings.catch_warnings(action="ignore"):  # "beta state"
+        acts = torch.sparse_csr_tensor(
+            starts, places, weights.to(dtype), (len(out), len(dense)), check_invariants=False
+        )
+    return torch.addmm(out, acts, dense, beta=0, out=out)
 
 
 class _ActivePreActs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, encoder, b_enc, b_in, active):
+    def forward(ctx, x, encoder, b_enc, b_in, active, memory):
         ctx.save_for_backward(x, encoder, b_in)
-        ctx.active = active
+        ctx.active, ctx.memory = active, memory
         return active.values.to(encoder.dtype, copy=True)
 
     @staticmethod
@@ -88,48 +96,30 @@ class _ActivePreActs(torch.autograd.Function):
     def backward(ctx, grad):
         x, encoder, b_in = ctx.saved_tensors
         active = ctx.active
-        d_b_enc = _sum_by_latent(active, grad)
-        d_encoder = _weight_gradient(active, grad, (x - b_in).to(active.values.dtype), encoder)
+        d_b_enc = sum_by_latent(active, grad)
+        low = (x - b_in).to(active.values.dtype)
+        d_encoder = _weight_gradient(active, grad, low, encoder.dtype, ctx.memory)
         d_x = _by_token(active, grad, encoder) if ctx.needs_input_grad[0] else None
-        return d_x, d_encoder, d_b_enc, -(d_b_enc @ encoder), None
+        return d_x, d_encoder, d_b_enc, -(d_b_enc @ encoder), None, None
 
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, W_dec, active):
+    def forward(ctx, values, W_dec, active, memory):
         kind = W_dec.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else W_dec.dtype
         rows = W_dec.to(low)
-        ctx.save_for_backward(values, rows, W_dec[:0])
-        ctx.active = active
+        ctx.save_for_backward(values, rows)
+        ctx.active, ctx.dtype, ctx.memory = active, W_dec.dtype, memory
         return _by_token(active, values, rows).to(W_dec.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        values, rows, like = ctx.saved_tensors
+        values, rows = ctx.saved_tensors
         active, grad = ctx.active, grad.to(rows.dtype).contiguous()
         d_values = _dots(active, grad, rows).to(values.dtype)
-        return d_values, _weight_gradient(active, values, grad, like), None
-
-
-class _PairedJumpReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, log_threshold, bandwidth, active):
-        threshold = log_threshold.exp()[active.indices]
-        on = (values > threshold).to(values.dtype)
-        ctx.save_for_backward(values, on, threshold)
-        ctx.active, ctx.bandwidth = active, bandwidth
-        l0 = on.new_zeros(active.n).index_add_(0, active.rows, on)  # of ones: exact in any order
-        return values * on, l0
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_acts, d_l0):
-        values, on, threshold = ctx.saved_tensors
-        near = (values - threshold).abs() < ctx.bandwidth / 2
-        jump = torch.where(near, threshold * d_acts + d_l0[ctx.active.rows], 0) / ctx.bandwidth
-        return d_acts * on, -_sum_by_latent(ctx.active, threshold * jump), None, None
+        return d_values, _weight_gradient(active, values, grad, ctx.dtype, ctx.memory), None, None
 
 
 class _FusedJumpReLU(torch.autograd.Function):

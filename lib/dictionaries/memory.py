@@ -1,0 +1,33 @@
+"""Large matrices that are used again at every training step."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+
+class Memory:
+    """Hands matrices out and takes them back.
+
+    On a CPU, fresh pages cost as much as a fifth of the products that fill them; torch's own
+    allocator keeps what a GPU frees.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple, list[Tensor]] = defaultdict(list)
+        # Linux hands freed blocks back to the system until it has seen one as large as this freed;
+        # from then on it keeps the small ones of every step
+        torch.empty(31 * 2**20, dtype=torch.uint8)
+
+    def take(self, n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A matrix `[n m]` with anything in it; it is the caller's until given back."""
+        free = self._free[n, m, dtype, device]
+        return free.pop() if free else torch.empty(n, m, dtype=dtype, device=device)
+
+    def give(self, matrix: Tensor | None) -> None:
+        """Take back what nobody reads any more; two of a shape are kept."""
+        if matrix is None or matrix.is_cuda or matrix.ndim != 2:
+            return
+        free = self._free[(*matrix.shape, matrix.dtype, matrix.device)]
+        if len(free) < 2:
+            free.append(matrix)
