@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lib.dictionaries.kernels import fused_jumprelu, sum_by_latent
 from lib.dictionaries.pairs import SparseActs, starts_of
-from lib.dictionaries.selection import largest_of_rows, places_above
+from lib.dictionaries.selection import largest, largest_of_rows, places_above
 
 if TYPE_CHECKING:
     from lib.dictionaries.dictionary import Dictionary
@@ -187,7 +187,7 @@ class BatchTopK:
                 break
         scores = pre.take(places) * norms[places % pre.shape[1]]
         if len(places) > count:
-            kept = scores.topk(count, sorted=False).indices.sort().values
+            kept = largest(scores, count)
             places, scores = places[kept], scores[kept]
         if len(places):
             smallest = scores.min()

@@ -65,6 +65,7 @@ class Trainee:
         d.project_decoder_grad_()
         norm = torch.nn.utils.get_total_norm([p.grad for p in d.parameters() if p.grad is not None])
         if not norm.isfinite():
+            self.optimizer.zero_grad()
             raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}")
         lr = (self.recipe.lr or fit.lr) * fit.lr_factor(step)
         self.optimizer.step(lr, (norm / fit.grad_clip).clamp(min=1))

@@ -1,8 +1,4 @@
-"""Kernels with hand-written gradients: the sparse path, and the fused JumpReLU.
-
-On the sparse path only active (token, latent) pairs are decoded and only they get gradients:
-everything there takes and gives `SparseActs`. The fused JumpReLU is dense, for training.
-"""
+"""Kernels with hand-written gradients: the sparse path, of pairs alone, and the fused JumpReLU."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -23,12 +19,11 @@ def fused_jumprelu(
 
     `acts = pre · 1[u > 0]`, and `l0` counts them. `gap` sums over latents how far the relaxed gate
     `clip(u / bandwidth + 1/2, 0, 1)` is from the hard one: `max(0, 1/2 - |u| / bandwidth)`, so it
-    is not zero only near the threshold.
-
-    θ learns from `acts` and `l0` through a rectangle of width `bandwidth` round the jump; `pre`
-    gets no gradient from `l0`. `gap` has its own gradient, to both. `bandwidth` is a constant,
-    positive, in units of the pre-activations, which are finite. Sums are in float32 or wider,
-    and equal from run to run. CUDA tensors go to Triton, others to plain torch.
+    is not zero only near the threshold. θ learns from `acts` and `l0` through a rectangle of width
+    `bandwidth` round the jump; `pre` gets no gradient from `l0`. `gap` has its own gradient, to
+    both. `bandwidth` is a constant, positive, in units of the pre-activations, which are finite.
+    Sums are in float32 or wider, and equal from run to run. CUDA tensors go to Triton, others to
+    plain torch.
 
     Source: Rajamanoharan et al. 2024, arXiv:2407.14435, eq. 11 and 12.
 
@@ -44,7 +39,6 @@ def fused_jumprelu(
             raise ValueError(f"need {name} on {pre.device}, beside pre, got {given.device}")
     if not pre.is_cuda:
         return eager.fused_jumprelu(pre, log_threshold, bandwidth)
-    # here, because triton is slow to import and not installed everywhere
-    from lib.dictionaries.kernels.triton_kernels import triton_jumprelu
+    from lib.dictionaries.kernels.triton_kernels import triton_jumprelu  # slow, not everywhere
 
     return triton_jumprelu(pre, log_threshold, bandwidth)

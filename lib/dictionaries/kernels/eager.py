@@ -31,7 +31,7 @@ def active_pre_acts(
     without a graph; the backward pass touches these pairs only. `x` gets a gradient if it wants
     one. Here and in `sparse_decode` the gradient of the weights lies in a matrix of `memory`.
     """
-    return _ActivePreActs.apply(x, encoder, b_enc, b_in, active, memory or Memory())
+    return _ActivePreActs.apply(x, encoder, b_enc, b_in, active, memory)
 
 
 def sparse_decode(
@@ -41,20 +41,7 @@ def sparse_decode(
     memory: Memory | None = None,
 ) -> Float[Tensor, "n d_out"]:
     """`acts @ W_dec` from the pairs of `active` with these `values`; no bias is added."""
-    return _SparseDecode.apply(values, W_dec, active, memory or Memory())
-
-
-def fused_jumprelu(
-    pre: Float[Tensor, "n d_sae"],
-    log_threshold: Float[Tensor, "d_sae"],
-    bandwidth: Float[Tensor, "d_sae"],
-) -> tuple[Float[Tensor, "n d_sae"], Float[Tensor, "n"], Float[Tensor, "n"]]:
-    """`lib.dictionaries.kernels.fused_jumprelu` in plain torch, for any device.
-
-    Few pre-activations are near their threshold, so `gap` and the gradient of θ are computed for
-    these alone; only `acts` is kept for the backward pass.
-    """
-    return _FusedJumpReLU.apply(pre, log_threshold, bandwidth)
+    return _SparseDecode.apply(values, W_dec, active, memory)
 
 
 def sum_by_latent(active: SparseActs, values: Float[Tensor, "nnz"]) -> Float[Tensor, "d_sae"]:
@@ -69,18 +56,18 @@ def _weight_gradient(
     values: Float[Tensor, "nnz"],
     dense: Float[Tensor, "n d"],
     dtype: torch.dtype,
-    memory: Memory,
+    memory: Memory | None,
 ) -> Float[Tensor, "d_sae d"]:
     """`acts.T @ dense`, where acts holds `values` at the pairs of `active`."""
     order, starts = active.by_latent
     places, weights = active.rows[order], values[order]
     if dense.is_cuda or not torch.backends.mkl.is_available() or dense.dtype == torch.bfloat16:
         return _bags(places, starts, weights, dense, dtype)
-    out = memory.take(active.n_latents, dense.shape[1], dtype, dense.device)
+    size = (active.n_latents, dense.shape[1])
+    out = memory.take(*size, dtype, dense.device) if memory else dense.new_empty(size, dtype=dtype)
     with warnings.catch_warnings(action="ignore"):  # "beta state"
-        acts = torch.sparse_csr_tensor(
-            starts, places, weights.to(dtype), (len(out), len(dense)), check_invariants=False
-        )
+        parts, size = (starts, places, weights.to(dtype)), (len(out), len(dense))
+        acts = torch.sparse_csr_tensor(*parts, size, check_invariants=False)
     return torch.addmm(out, acts, dense, beta=0, out=out)
 
 
@@ -99,7 +86,8 @@ class _ActivePreActs(torch.autograd.Function):
         d_b_enc = sum_by_latent(active, grad)
         low = (x - b_in).to(active.values.dtype)
         d_encoder = _weight_gradient(active, grad, low, encoder.dtype, ctx.memory)
-        d_x = _by_token(active, grad, encoder) if ctx.needs_input_grad[0] else None
+        tokens = (active.indices, active.offsets, grad, encoder, x.dtype)
+        d_x = _bags(*tokens) if ctx.needs_input_grad[0] else None
         return d_x, d_encoder, d_b_enc, -(d_b_enc @ encoder), None, None
 
 
@@ -111,7 +99,7 @@ class _SparseDecode(torch.autograd.Function):
         rows = W_dec.to(low)
         ctx.save_for_backward(values, rows)
         ctx.active, ctx.dtype, ctx.memory = active, W_dec.dtype, memory
-        return _by_token(active, values, rows).to(W_dec.dtype)
+        return _bags(active.indices, active.offsets, values, rows, W_dec.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -147,15 +135,15 @@ class _FusedJumpReLU(torch.autograd.Function):
         d_threshold = torch.zeros_like(threshold).index_add_(0, latents, pull - jump)
         d_pre = torch.ne(acts, 0, out=threshold.new_empty(acts.shape)).mul_(d_acts)
         d_pre.view(-1).index_add_(0, places, -pull)
-        d_log_threshold = threshold * d_threshold
-        return d_pre.to(acts.dtype), d_log_threshold.to(ctx.parameter_dtype), None
+        return d_pre.to(acts.dtype), (threshold * d_threshold).to(ctx.parameter_dtype), None
 
 
-def _by_token(
-    active: SparseActs, values: Float[Tensor, "nnz"], rows: Float[Tensor, "d_sae d"]
-) -> Float[Tensor, "n d"]:
-    """`acts @ rows`, where acts holds `values` at the pairs of `active`."""
-    return _bags(active.indices, active.offsets, values, rows, values.dtype)
+fused_jumprelu = _FusedJumpReLU.apply
+"""`lib.dictionaries.kernels.fused_jumprelu` in plain torch, for any device.
+
+Few pre-activations are near their threshold, so `gap` and the gradient of θ are computed for these
+alone; only `acts` is kept for the backward pass.
+"""
 
 
 def _bags(
@@ -172,10 +160,8 @@ def _bags(
         return triton_bags(places, offsets, weights, rows, dtype)
     if len(offsets) == 1:
         return rows.new_zeros(0, rows.shape[1], dtype=dtype)
-    weights = weights.to(rows.dtype)
-    return embedding_bag(
-        places, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    ).to(dtype)
+    options = {"per_sample_weights": weights.to(rows.dtype), "include_last_offset": True}
+    return embedding_bag(places, rows, offsets, mode="sum", **options).to(dtype)
 
 
 def _dots(
@@ -186,6 +172,5 @@ def _dots(
         from lib.dictionaries.kernels.triton_kernels import triton_dots
 
         return triton_dots(left, active.rows, right, active.indices)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left, right, active.indices, active.offsets[:-1], active.rows, 0
-    )
+    places = active.indices, active.offsets[:-1], active.rows
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, *places, 0)
