@@ -384,6 +384,18 @@ def test_broken_activations_name_their_block(value):
         next(Buffer(wide, batch_size=8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_activations_are_not_broken(dtype):
+    class Large(Numbered):
+        def block(self, i):
+            block = super().block(i)
+            block.acts.fill_(torch.finfo(dtype).max)
+            return block
+
+    batch = next(Buffer(Large(SIZES, dtype), batch_size=20, n_tokens=20))
+    assert (batch == torch.finfo(dtype).max).all()  # though their sum overflows
+
+
 # ---- moments
 
 

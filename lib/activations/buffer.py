@@ -32,7 +32,7 @@ class Buffer(Iterator[Tensor]):
             raise ValueError("need a source with at least one block, got an empty one")
         self.source, self.batch_size, self.n_tokens = source, batch_size, n_tokens
         self.epoch = 0
-        """Of the next token to be served."""
+        """Of the next token to be drawn from the pool."""
         self.n_served = 0
         """Tokens served since the beginning, over all epochs."""
         self._random = torch.Generator().manual_seed(seed)
@@ -40,24 +40,42 @@ class Buffer(Iterator[Tensor]):
         self._next_block = 0
         self._pool: Tensor | None = None  # [n_tokens d_in]; made when the first block is seen
         self._order = torch.empty(0, dtype=torch.long)  # slots of the pool still to be served
-        self._rest: Tensor | None = None  # what did not fit of the last block
+        self._rest: Tensor | None = None  # fetched, but not in the pool: it did not fit
+        self._again: list[Tensor] = []  # put back: to be served before the pool
 
     def __next__(self) -> Float[Tensor, "batch d_in"]:
         parts, missing = [], self.batch_size
-        while missing:
-            if len(self._order) <= self.n_tokens // 2:
-                self._refill()
-            if not len(self._order):
-                self._start_epoch()
-                continue
-            slots, self._order = self._order[:missing], self._order[missing:]
-            parts.append(self._pool[slots.to(self._pool.device)])
-            missing -= len(slots)
-            self.n_served += len(slots)
+        try:
+            while missing:
+                parts.append(self._draw(missing))
+                missing -= len(parts[-1])
+        except BaseException:  # such as a full disk, or Ctrl-C: no token is lost
+            self.put_back(parts)
+            raise
         if not len(self._order) and self._exhausted:
             self._start_epoch()
-        # after load_state_dict the first parts may lie on the CPU, the later ones on a GPU
-        return torch.cat([part.to(parts[-1].device) for part in parts])
+        return _joined(parts)
+
+    def put_back(self, batches: list[Float[Tensor, "_ d_in"]]) -> None:
+        """Serve the last batches that were served again, in this order, before all others."""
+        self.n_served -= sum(map(len, batches))
+        self._again[:0] = batches
+
+    def _draw(self, n: int) -> Float[Tensor, "_ d_in"]:
+        """The next tokens, 1 to `n` of them."""
+        if self._again:
+            drawn, left = self._again[0][:n], self._again[0][n:]
+            self._again[:1] = [left] if len(left) else []
+        else:
+            if len(self._order) <= self.n_tokens // 2:
+                self._refill()
+            while not len(self._order):
+                self._start_epoch()
+                self._refill()
+            slots, self._order = self._order[:n], self._order[n:]
+            drawn = self._pool.index_select(0, slots.to(self._pool.device))
+        self.n_served += len(drawn)
+        return drawn
 
     @property
     def _exhausted(self) -> bool:
@@ -81,7 +99,12 @@ class Buffer(Iterator[Tensor]):
         n_filled = 0
         while n_filled < len(free) and not self._exhausted:
             if self._rest is None or not len(self._rest):
-                self._rest = self._fetch()
+                try:
+                    self._rest = self._fetch()
+                except BaseException:
+                    if n_filled:  # these are in the pool, but not in the order yet
+                        self._rest = self._pool[free[:n_filled].to(self._pool.device)]
+                    raise
             slots = free[n_filled : n_filled + len(self._rest)]
             self._pool[slots.to(self._pool.device)] = self._rest[: len(slots)]
             self._rest = self._rest[len(slots) :].clone()  # a view would hold the whole block
@@ -91,22 +114,24 @@ class Buffer(Iterator[Tensor]):
 
     def _fetch(self) -> Tensor:
         acts = finite_block(self.source, int(self._blocks[self._next_block])).acts
-        self._next_block += 1
         if self._pool is None:
             self._pool = acts.new_empty(self.n_tokens, acts.shape[1])
         self._pool = self._pool.to(acts.device)  # after load_state_dict it may be on the CPU
+        self._next_block += 1
         return acts
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the coming batches depend on besides the source: tensors, for safetensors."""
         pool = torch.empty(0) if self._pool is None else self._pool[:0].clone()
         rest = pool.clone() if self._rest is None else self._rest.clone()
+        again = _joined(self._again).clone() if self._again else pool.clone()
         if len(self._order):
             pool = self._pool[self._order.to(self._pool.device)]  # in serving order
         numbers = [self.batch_size, self.n_tokens, self.epoch, self.n_served, self._next_block]
         return {
             "pool": pool,
             "rest": rest,
+            "again": again,
             "blocks": self._blocks.clone(),
             "random": self._random.get_state(),
             "numbers": torch.tensor(numbers),
@@ -134,11 +159,19 @@ class Buffer(Iterator[Tensor]):
         self._blocks = state["blocks"].cpu().clone()
         self._random.set_state(state["random"].cpu())
         pool, self._rest = state["pool"], state["rest"].clone()
+        self._again = [state["again"].clone()] if len(state["again"]) else []
         self._order = torch.arange(len(pool))
         self._pool = None
         if len(pool) or len(self._rest):
             self._pool = pool.new_empty(n_tokens, *pool.shape[1:])
             self._pool[: len(pool)] = pool
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """End to end; after `load_state_dict` the first parts may lie on the CPU, later ones not."""
+    if len(parts) == 1:
+        return parts[0]  # cat would copy it
+    return torch.cat([part.to(parts[-1].device) for part in parts])
 
 
 def _bytes(text: str) -> Tensor:

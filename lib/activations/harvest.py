@@ -94,7 +94,8 @@ class Harvester:
         keep, parts = self._harvest(i)
         positions = keep.nonzero()
         rows = positions[:, 0] + i * self.config.batch_rows
-        acts = torch.cat(parts, dim=1).to(resolve_dtype(self.config.dtype))
+        acts = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # of one, cat is a copy
+        acts = acts.to(resolve_dtype(self.config.dtype))
         return Block(acts, self.corpus.ids[rows, positions[:, 1]], rows, positions[:, 1])
 
     def keep(self, i: int) -> Bool[Tensor, "rows seq"]:
@@ -125,15 +126,17 @@ class Harvester:
     def _acts(self, i: int, keep: Bool[Tensor, "rows seq"]) -> list[Float[Tensor, "n _"]]:
         rows = self._rows(i)
         width = int(rows.mask.any(dim=0).sum())  # no need to run columns of padding
+        kept = keep[:, :width].flatten().nonzero()[:, 0]  # by number: faster to take than by mask
         home, parts = _device(self.models[0]), []
         for model, forward in zip(self.models, self._forwards, strict=True):
             device = _device(model)
+            chosen = kept.to(device)
             acts = forward(rows.ids[:, :width].long().to(device), rows.mask[:, :width].to(device))
             for name in self.config.hook_names:
                 site, head = split_head(name)
                 x = acts[site] if head is None else acts[site][:, :, head]
-                chosen = keep[:, :width].to(x.device)
-                parts.append(x[chosen].flatten(1).to(home))
+                tokens = x.flatten(2).flatten(0, 1)
+                parts.append(tokens.index_select(0, chosen.to(x.device)).to(home))
         return parts
 
     def _norm_limits(self) -> Float[Tensor, " n_sites"] | None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -51,8 +52,11 @@ def finite_block(source: Source, i: int) -> Block:
     n, width = block.acts.shape
     if width != sum(source.site_dims):
         raise ValueError(f"block {i}: need width {sum(source.site_dims)}, got {width}")
-    finite = block.acts.isfinite().all(dim=1)
-    if not finite.all():
+    # a NaN or an infinity survives every sum: one pass; a sum may also overflow, so look closer
+    if not block.acts.sum(dtype=torch.float32).isfinite():
+        finite = block.acts.isfinite().all(dim=1)
+        if finite.all():
+            return block
         bad = int((~finite).nonzero()[0, 0])
         raise ValueError(
             f"block {i}: need finite activations, got NaN or infinity at {n - int(finite.sum())} "

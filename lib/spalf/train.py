@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.activations.buffer import Buffer
+from lib.activations.prefetch import Prefetch
 from lib.dictionaries.checkpoints import clear_checkpoints, kept, remove, sweep
 from lib.dictionaries.dictionary import Dictionary
 from lib.runtime import require_writable
@@ -233,9 +234,10 @@ def _problems(trainer: Trainer) -> Iterator[str]:
 
 def _require_distinct(batches: Iterable[Tensor], d_in: int) -> None:
     """A buffer starts its source again when it ends, so it never runs short of tokens itself."""
-    if not isinstance(batches, Buffer) or not batches.epoch:
+    buffer = batches.buffer if isinstance(batches, Prefetch) else batches
+    if not isinstance(buffer, Buffer) or not buffer.epoch:
         return
-    n, needed = batches.n_served // batches.epoch, DISTINCT * d_in
+    n, needed = buffer.n_served // buffer.epoch, DISTINCT * d_in
     if n < needed:
         raise ValueError(f"too few tokens to calibrate: need {needed} different ones, got {n}")
 
