@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 # Waiting threads sleep: on a busy machine, spinning makes small tensor operations seven times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test chromium lab bench lint models saes figures clean
+.PHONY: demo test chromium lab bench bench-gpu bench-all peers lint models saes figures clean
 
 demo: .venv/installed-$(EXTRAS)
 	@for notebook in $(NOTEBOOKS); do \
@@ -36,13 +36,24 @@ chromium:
 lab: .venv/installed-$(EXTRAS)
 	$(BIN)/jupyter lab notebooks
 
-bench: .venv/installed-$(EXTRAS)
+# Training beside its peers and its floor: prints a table, writes figures/bench.json and its plot.
+bench: peers
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_training
+
+bench-gpu: peers
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_training --device cuda
+
+# Every other figure that depends on the machine, too.
+bench-all: bench
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_data
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_truth
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_recovery
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_spalf step
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_spalf frontier
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench_jumprelu
+
+# The libraries that `make bench` races against.
+peers: .venv/installed-peers
 
 lint: .venv/installed-$(EXTRAS)
 	$(BIN)/ruff check .
@@ -71,4 +82,11 @@ clean:
 	  { echo "need Python 3.11 or newer, got $$($(PYTHON) --version); name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# dictionary-learning asks for an old nnsight, overcomplete for torchvision and OpenCV; training
+# uses neither, so these two come without what they ask for.
+.venv/installed-peers: .venv/installed-$(EXTRAS)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --no-deps dictionary-learning==0.1.0 overcomplete==0.3.0
 	@touch $@

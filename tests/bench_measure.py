@@ -1,0 +1,246 @@
+"""What the training benchmark measures with: setups, planted activations, the floor, memory."""
+
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 3
+"""First steps of every library, which are not timed."""
+HELD_OUT = 4
+"""Batches that nobody trains on."""
+COPIED = {"cpu": 2**28, "cuda": 2**30}
+"""Bytes of the copy that gives the bandwidth: far more than caches hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One race: shape, rule and the settings that all libraries share."""
+
+    name: str
+    rule: str
+    """`topk`, `batchtopk` or `jumprelu`."""
+    site_dims: tuple[int, ...]
+    d_sae: int
+    k: int
+    batch: int
+    """Tokens a step."""
+    steps: int
+    """Timed ones; `WARM_UP` more are trained."""
+    lr: float = 1e-3
+    """Constant. JumpReLU races at a tenth of it, so that l0 stays near k from start to end."""
+    dead_after: int = 1_000_000
+    """Tokens."""
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @property
+    def d(self) -> int:
+        return sum(self.site_dims)
+
+    @property
+    def crosscoder(self) -> bool:
+        return len(self.site_dims) > 1
+
+    @property
+    def cuda(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    @property
+    def n_parameters(self) -> int:
+        """Two matrices and two biases."""
+        return 2 * self.d * self.d_sae + self.d_sae + self.d
+
+
+def cpu_setups(steps: int, big_steps: int) -> list[Setup]:
+    small = {"d_sae": 8192, "k": 32, "batch": 1024, "steps": steps}
+    big = {"d_sae": 24576, "k": 32, "batch": 2048, "steps": big_steps}
+    cross = {"d_sae": 8192, "k": 64, "batch": 512, "steps": steps}
+    return [
+        Setup(name="TopK 512", rule="topk", site_dims=(512,), **small),
+        Setup(name="BatchTopK 512", rule="batchtopk", site_dims=(512,), **small),
+        Setup(name="JumpReLU 512", rule="jumprelu", site_dims=(512,), lr=1e-4, **small),
+        Setup(name="crosscoder 2×512", rule="batchtopk", site_dims=(512, 512), **cross),
+        Setup(name="TopK 768", rule="topk", site_dims=(768,), **big),
+        Setup(name="BatchTopK 768", rule="batchtopk", site_dims=(768,), **big),
+    ]
+
+
+def gpu_setups(steps: int) -> list[Setup]:
+    shared = {"steps": steps, "device": "cuda", "dtype": "bfloat16"}
+    gemma = {"site_dims": (2304,), "d_sae": 65536, "k": 64, "batch": 8192, **shared}
+    large = {"site_dims": (3584,), "d_sae": 131072, "k": 64, "batch": 4096, **shared}
+    cross = {"site_dims": (2304, 2304), "d_sae": 131072, "k": 200, "batch": 2048, **shared}
+    return [
+        Setup(name="TopK 2304", rule="topk", **gemma),
+        Setup(name="BatchTopK 2304", rule="batchtopk", **gemma),
+        Setup(name="TopK 3584", rule="topk", **large),
+        Setup(name="crosscoder 2×2304", rule="batchtopk", **cross),
+    ]
+
+
+def growth_setups(base: Setup) -> dict[str, list[Setup]]:
+    """`base` at other widths, and at other k."""
+    widths = [2048, 4096, 8192, 16384, 32768, 65536]
+    return {
+        "d_sae": [replace(base, name=f"d_sae {n}", d_sae=n) for n in widths],
+        "k": [replace(base, name=f"k {k}", k=k) for k in (8, 16, 32, 64, 128)],
+    }
+
+
+def planted(setup: Setup, n_batches: int) -> list[Tensor]:
+    """Batches [batch d] of sums of `k` of `d_sae / 2` planted directions, with noise.
+
+    Directions are frequent as one over the root of their rank; centred, and each site scaled to
+    mean norm sqrt(d), by the first batch.
+    """
+    generator = torch.Generator(setup.device).manual_seed(setup.seed)
+    random = {"generator": generator, "device": setup.device}
+    directions = F.normalize(torch.randn(setup.d_sae // 2, setup.d, **random))
+    rates = torch.arange(1, len(directions) + 1, device=setup.device) ** -0.5
+    batches = []
+    for _ in range(n_batches):
+        drawn = rates.multinomial(setup.batch * setup.k, replacement=True, generator=generator)
+        sizes = torch.empty(setup.batch, setup.k, device=setup.device)
+        sizes.exponential_(generator=generator)
+        indices = drawn.view(setup.batch, setup.k)
+        x = F.embedding_bag(indices, directions, mode="sum", per_sample_weights=sizes)
+        batches.append(x + 0.02 * torch.randn(x.shape, **random))
+    mean = batches[0].mean(0)
+    sites = (batches[0] - mean).split(setup.site_dims, dim=1)
+    scale = torch.cat([s.new_full((s.shape[1],), s.shape[1] ** 0.5 / s.norm(dim=1).mean())
+                       for s in sites])  # fmt: skip
+    return [x.sub_(mean).mul_(scale) for x in batches]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where every library begins: biases 0, but for `b_dec`."""
+
+    rows: Tensor
+    """[d_sae d] of norm 1: decoder rows."""
+    encoder: Tensor
+    """[d_sae d]: the same, scaled so that the n·k largest latents of the first batch reconstruct it
+    best; else the first steps would only shrink activations, and under JumpReLU l0 with them."""
+    mean: Tensor
+    """[d], the first batch's: `b_dec`."""
+    threshold: float
+    """JumpReLU's, at which these weights have an l0 of k on the first batch."""
+
+    @staticmethod
+    def of(setup: Setup, x: Tensor) -> "Start":
+        generator = torch.Generator(setup.device).manual_seed(setup.seed + 1)
+        random = torch.randn(setup.d_sae, setup.d, generator=generator, device=setup.device)
+        rows, mean = F.normalize(random), x.mean(0)
+        pre = (x - mean) @ rows.T
+        threshold = pre.flatten().topk(len(x) * setup.k, sorted=False).values.min()
+        x_hat = torch.where(pre > threshold, pre, 0) @ rows
+        scale = ((x - mean) * x_hat).sum() / x_hat.square().sum()
+        return Start(rows, rows * scale, mean, (threshold * scale).item())
+
+
+def seconds(function: Callable[[], object], cuda: bool) -> float:
+    """Of one call, until the device has done it."""
+    if cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+class Floor:
+    """The least that a step can take: the encoder's product, and memory traffic.
+
+    Adam reads weight, gradient and two moments and writes all but the gradient: 7 float32 for
+    each parameter of both matrices. On a GPU, whose product is fast, also three gathers of n·k
+    rows in bfloat16: decoder rows for the reconstruction and again for the gradient of the
+    activations, and one for the gradients of both matrices.
+    """
+
+    def __init__(self, setup: Setup, x: Tensor, rows: Tensor) -> None:
+        dtype = torch.bfloat16 if setup.dtype == "bfloat16" else torch.float32
+        self.setup, self.x, self.rows = setup, x.to(dtype), rows.to(dtype)
+        self.out = torch.empty(len(x), setup.d_sae, dtype=dtype, device=setup.device)
+        size = COPIED["cuda" if setup.cuda else "cpu"]
+        self.source = torch.zeros(size, dtype=torch.uint8, device=setup.device)
+        self.copy = torch.empty_like(self.source)
+        self.gemm_seconds: list[float] = []
+        self.copy_seconds: list[float] = []
+
+    def sample(self) -> None:
+        """Time the product and a large copy once."""
+        gemm = lambda: torch.mm(self.x, self.rows.T, out=self.out)  # noqa: E731
+        self.gemm_seconds.append(seconds(gemm, self.setup.cuda))
+        self.copy_seconds.append(seconds(lambda: self.copy.copy_(self.source), self.setup.cuda))
+
+    def result(self) -> dict[str, float]:
+        gemm = 1000 * statistics.median(self.gemm_seconds[WARM_UP:])
+        bandwidth = 2 * self.source.numel() / statistics.median(self.copy_seconds[WARM_UP:])
+        moved = adam_bytes(self.setup) + gather_bytes(self.setup)
+        return {
+            "gemm_ms": gemm,
+            "bandwidth_gb_s": bandwidth / 1e9,
+            "adam_bytes": adam_bytes(self.setup),
+            "gather_bytes": gather_bytes(self.setup),
+            "ms": gemm + 1000 * moved / bandwidth,
+        }
+
+
+def adam_bytes(setup: Setup) -> int:
+    return 28 * 2 * setup.d * setup.d_sae
+
+
+def gather_bytes(setup: Setup) -> int:
+    return 3 * 2 * setup.batch * setup.k * setup.d if setup.cuda else 0
+
+
+def predicted_mb(setup: Setup) -> float:
+    """Ours: weights, gradients and two moments in float32, and the pre-activations once."""
+    width = 2 if setup.dtype == "bfloat16" else 4
+    return (16 * setup.n_parameters + width * setup.batch * setup.d_sae) / 1e6
+
+
+def peak_mb(build: Callable[[], Callable[[], object]], cuda: bool) -> float:
+    """What `build()` and a call of what it returns take at most above what was there, in MB.
+
+    Without a GPU needs Linux and glibc.
+    """
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        build()()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator kept would come for free
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = _status_kb("VmRSS")
+    build()()
+    return (_status_kb("VmHWM") - before) * 1024 / 1e6
+
+
+def _status_kb(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def in_its_own_process(library: str, setup: Setup, threads: int) -> dict:
+    """`bench_training.alone`'s numbers from a fresh process, or what went wrong there."""
+    request = json.dumps({"library": library, "setup": asdict(setup), "threads": threads})
+    command = [sys.executable, "-m", "tests.bench_training", "--alone", request]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"error": lines[-1]}
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,317 @@
+"""Speed of training beside its peers and its floor: `make bench`, or `make bench-gpu`.
+
+All libraries train on the same batches in one process, a step of each in turn, so that the
+machine's drift hits all alike. Reported: median and least ms a step, fvu on held-out batches after
+equal tokens, peak memory of each in a process of its own. Writes `figures/bench.json`, `.html` and
+`.png`.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+import traceback
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lib import paths
+from lib.display.speed import training_speed
+from lib.runtime import atomic_file, require_writable
+from tests import bench_peers
+from tests.bench_measure import (
+    HELD_OUT,
+    WARM_UP,
+    Floor,
+    Setup,
+    Start,
+    cpu_setups,
+    gpu_setups,
+    growth_setups,
+    in_its_own_process,
+    peak_mb,
+    planted,
+    predicted_mb,
+    seconds,
+)
+from tests.bench_peers import LIBRARIES, racing
+
+INSTALL = "make peers"
+SPEED_BARS = {"TopK": 2.5, "BatchTopK": 5.0, "JumpReLU": 5.0, "crosscoder": 4.0}
+"""How many times as fast as the fastest peer on a CPU; keys are the first words of setups."""
+GPU_BAR, FLOOR_BAR = 2.3, 1.5
+FVU_EQUAL = 1.005
+"""Up to here rounding and the order of sums make the difference."""
+
+
+def race(setup: Setup) -> dict:
+    """Train all libraries in turn on the same batches; one that fails leaves with its error."""
+    batches = planted(setup, WARM_UP + setup.steps + HELD_OUT)
+    start = Start.of(setup, batches[0])
+    floor = Floor(setup, batches[0], start.rows)
+    rows = {name: {"seconds": []} for name in racing(setup)}
+    runners = {}
+    for name, row in rows.items():
+        with errors_in(row, name):
+            runners[name] = LIBRARIES[name](setup, start)
+            row["note"] = runners[name].note
+    for x in batches[:-HELD_OUT]:
+        for name in list(runners):
+            with errors_in(rows[name], name):
+                rows[name]["seconds"].append(seconds(partial(runners[name].step, x), setup.cuda))
+            if "error" in rows[name]:
+                del runners[name]
+        floor.sample()
+    for name, runner in runners.items():
+        with errors_in(rows[name], name):
+            rows[name] |= held_out(runner, batches[-HELD_OUT:])
+    for row in rows.values():
+        timed = [1000 * s for s in row.pop("seconds")[WARM_UP:]]
+        if "error" not in row:
+            row |= {"ms": statistics.median(timed), "ms_min": min(timed)}
+    result = {**asdict(setup), "floor": floor.result(), "libraries": rows}
+    for key, stand_ins in (("ratio", False), ("ratio_with_stand_ins", True)):
+        fastest = best_peer(result, "ms", stand_ins)
+        result[key] = fastest / rows["lib"]["ms"] if fastest else None
+    return result
+
+
+class errors_in:
+    """Write what a peer raises into its row and go on; our own errors are raised."""
+
+    def __init__(self, row: dict, name: str) -> None:
+        self.row, self.name = row, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> bool:
+        if not isinstance(error, Exception) or self.name == "lib":
+            return False
+        self.row["error"] = f"{kind.__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        traceback.print_exception(error, file=sys.stderr)
+        return True
+
+
+@torch.no_grad()
+def held_out(runner, batches: list[torch.Tensor]) -> dict[str, float]:
+    """fvu and l0 with the selection of training: BatchTopK's is the n·k largest of a batch."""
+    unexplained, variance, l0 = 0.0, 0.0, []
+    for x in batches:
+        x_hat, active = runner.reconstruct(x)
+        unexplained += (x - x_hat).square().sum().item()
+        variance += (x - x.mean(0)).square().sum().item()
+        l0.append(active)
+    return {"fvu": unexplained / variance, "l0": statistics.mean(l0)}
+
+
+def alone(library: str, setup: Setup) -> dict[str, float]:
+    """ms a step and peak MB of one library in this process, imports and thread pools aside."""
+
+    def train(some: Setup, start: Start, batches: list[torch.Tensor]) -> list[float]:
+        runner = LIBRARIES[library](some, start)
+        return [seconds(partial(runner.step, x), some.cuda) for x in batches]
+
+    tiny = replace(setup, site_dims=(16,) * len(setup.site_dims), d_sae=256, k=4, batch=64)
+    batches = planted(tiny, 2)
+    train(tiny, Start.of(tiny, batches[0]), batches)
+    batches = planted(setup, 1 + setup.steps)
+    start = Start.of(setup, batches[0])
+    taken: list[float] = []
+    gc.collect()
+    peak = peak_mb(lambda: lambda: taken.extend(train(setup, start, batches)), setup.cuda)
+    return {"ms": 1000 * statistics.median(taken[1:]), "peak_mb": peak}
+
+
+def measure_memory(result: dict, setup: Setup, threads: int, steps: int = 1) -> None:
+    """Peak memory of every library that trained, into its row."""
+    for name, row in result["libraries"].items():
+        if "error" not in row:
+            found = in_its_own_process(name, replace(setup, steps=steps), threads)
+            row["peak_mb"] = found.get("peak_mb")
+            if "error" in found:
+                row["memory_error"] = found["error"]
+    result["predicted_mb"] = predicted_mb(setup)
+
+
+def best_peer(result: dict, key: str, stand_ins: bool = False) -> float | None:
+    """The least of the peers' values; stand-ins (another rule) count only where asked."""
+    values = [
+        row[key]
+        for name, row in result["libraries"].items()
+        if name != "lib" and row.get(key) is not None
+        and (stand_ins or not (name == "sparsify" and result["rule"] != "topk"))
+    ]  # fmt: skip
+    return min(values, default=None)
+
+
+def judge(result: dict) -> list[dict]:
+    """Each bar of this setup: `bar`, `value`, `need`, `holds`; without a peer, none of its bars."""
+    ours, bars = result["libraries"]["lib"], []
+
+    def add(bar: str, value: float, need: float, holds: bool) -> None:
+        bars.append({"setup": result["name"], "bar": bar, "value": value, "need": need,
+                     "holds": holds})  # fmt: skip
+
+    ratio = result["ratio"]
+    if ratio is not None:
+        on_cpu = SPEED_BARS[result["name"].split(" ")[0]]
+        need = GPU_BAR if result["device"] == "cuda" else on_cpu
+        add("times as fast as the fastest peer", ratio, need, ratio >= need)
+        fastest = best_peer(result, "ms")
+        theirs = next(r for r in result["libraries"].values() if r.get("ms") == fastest)["fvu"]
+        for whose, fvu in (("fastest", theirs), ("best", best_peer(result, "fvu"))):
+            holds = ours["fvu"] <= fvu * FVU_EQUAL
+            add(f"fvu at most the {whose} peer's (equal: within 0.5 %)", ours["fvu"], fvu, holds)
+    over = ours["ms"] / result["floor"]["ms"]
+    add("times the floor", over, FLOOR_BAR, over <= FLOOR_BAR)
+    least = best_peer(result, "peak_mb", stand_ins=True)
+    if least is not None and ours.get("peak_mb") is not None:
+        add("MB at the peak, below every peer's", ours["peak_mb"], least, ours["peak_mb"] < least)
+    return bars
+
+
+def table(result: dict) -> str:
+    """One setup's rows, readable."""
+    floor, sites = result["floor"], "+".join(map(str, result["site_dims"]))
+    lines = [
+        f"\n{result['name']}: d {sites}, d_sae {result['d_sae']}, k {result['k']}, "
+        f"batch {result['batch']}, {result['steps']} steps, {result['dtype']}",
+        f"{'':22}{'ms/step':>9}{'least':>9}{'× lib':>7}{'MB':>8}{'fvu':>8}{'l0':>7}",
+    ]
+    ours = result["libraries"]["lib"]
+    for name, row in result["libraries"].items():
+        if "error" in row:
+            lines.append(f"{name:22}  {row['error']}")
+            continue
+        memory = f"{row['peak_mb']:8.0f}" if row.get("peak_mb") else f"{'–':>8}"
+        lines.append(
+            f"{name:22}{row['ms']:9.1f}{row['ms_min']:9.1f}{row['ms'] / ours['ms']:7.2f}{memory}"
+            f"{row['fvu']:8.3f}{row['l0']:7.1f}  {row['note']}"
+        )
+    if result["ratio"] and result["ratio"] != result["ratio_with_stand_ins"]:
+        lines.append(f"fastest peer / lib: {result['ratio']:.2f}; with a TopK standing in for "
+                     f"BatchTopK: {result['ratio_with_stand_ins']:.2f}")  # fmt: skip
+    lines.append(f"{'floor':22}{floor['ms']:9.1f}  product {floor['gemm_ms']:.1f} ms, the rest at "
+                 f"{floor['bandwidth_gb_s']:.1f} GB/s")  # fmt: skip
+    if "predicted_mb" in result:
+        lines.append(f"{'lib, predicted':22}{result['predicted_mb']:33.0f}  16 bytes a parameter + "
+                     "n·d_sae pre-activations; beyond: O(n·k + n·d)")  # fmt: skip
+    return "\n".join(lines)
+
+
+def growth(base: Setup, threads: int) -> dict[str, list[dict]]:
+    """Ours alone at other widths and other k."""
+    return {
+        axis: [
+            {"value": s.d_sae if axis == "d_sae" else s.k, "predicted_mb": predicted_mb(s),
+             **in_its_own_process("lib", s, threads)}
+            for s in setups
+        ]
+        for axis, setups in growth_setups(base).items()
+    }  # fmt: skip
+
+
+def harvest() -> dict | None:
+    """Tokens/s of harvesting beside the bare forward pass, where that benchmark is there."""
+    if importlib.util.find_spec("tests.bench_harvest") is None:
+        return None
+    from tests.bench_harvest import measure
+
+    return measure()
+
+
+def machine(device: str, threads: int) -> dict[str, str | int]:
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    gpu = torch.cuda.get_device_name() if device == "cuda" else ""
+    return {"cpu": cpu, "gpu": gpu, "threads": threads, "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+
+
+def write(found: dict) -> None:
+    """`bench.json` first: a picture needs a browser, and numbers should not wait for it."""
+    folder = paths.figures_dir()
+    with atomic_file(folder / "bench.json") as file:
+        file.write_text(json.dumps(found, indent=1))
+    figure = training_speed(found)
+    figure.write_html(folder / "bench.html", include_plotlyjs="directory")
+    try:
+        figure.write_image(folder / "bench.png", width=1100, scale=2)
+    except RuntimeError as error:
+        print(f"no {folder / 'bench.png'}: {error}", file=sys.stderr)
+
+
+def arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of a setup")
+    parser.add_argument("--big-steps", type=int, default=4, help="of d_sae 24576, on a CPU")
+    parser.add_argument("--quick", action="store_true", help="2 steps, no growth, no harvest")
+    parser.add_argument("--only", nargs="*", help="names of setups, like 'TopK 512'")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    args = arguments(words)
+    if args.alone:
+        request = json.loads(args.alone)
+        torch.set_num_threads(request["threads"])
+        shape = request["setup"]
+        setup = Setup(**{**shape, "site_dims": tuple(shape["site_dims"])})
+        print(json.dumps(alone(request["library"], setup)))
+        return 0
+    if absent := bench_peers.missing():
+        print(f"the training benchmark needs {', '.join(absent)}; install with: {INSTALL}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    require_writable(paths.figures_dir())
+    torch.set_num_threads(args.threads)
+    steps, big_steps = (2, 2) if args.quick else (args.steps, args.big_steps)
+    cuda = args.device == "cuda"
+    setups = gpu_setups(steps) if cuda else cpu_setups(steps, big_steps)
+    chosen = [s for s in setups if not args.only or s.name in args.only]
+    if not chosen:
+        print(f"need --only from {[s.name for s in setups]}, got {args.only}", file=sys.stderr)
+        return 2
+    report(chosen, args)
+    return 0
+
+
+def report(setups: list[Setup], args: argparse.Namespace) -> None:
+    """Run everything, printing as it goes, and write it."""
+    found = {"machine": machine(args.device, args.threads), "setups": [], "growth": {},
+             "harvest": None, "bars": []}  # fmt: skip
+    print(found["machine"])
+    for setup in setups:
+        result = race(setup)
+        gc.collect()
+        measure_memory(result, setup, args.threads)
+        found["setups"].append(result)
+        found["bars"] += judge(result)
+        print(table(result), flush=True)
+    if not args.quick:
+        found["growth"] = growth(replace(setups[0], steps=4), args.threads)
+        found["harvest"] = harvest()
+        print("\ngrowth:", json.dumps(found["growth"], indent=1), "\nharvest:", found["harvest"])
+    write(found)
+    print()
+    for bar in found["bars"]:
+        verdict = "holds " if bar["holds"] else "missed"
+        print(f"{verdict} {bar['setup']:18} {bar['value']:8.3f}  (need {bar['need']:.3f})  "
+              f"{bar['bar']}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""The training benchmark's own arithmetic, and that it runs; its figures are no test."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+
+import plotly.graph_objects as go
+import pytest
+import torch
+
+from lib.display.speed import training_speed
+from tests import bench_measure, bench_peers, bench_training
+from tests.bench_measure import Floor, Setup, Start, adam_bytes, gather_bytes, planted
+from tests.bench_peers import LIBRARIES, Ours
+
+SETUP = Setup(
+    name="TopK 16", rule="topk", site_dims=(16,), d_sae=64, k=4, batch=32, steps=2, dead_after=64
+)
+SETUPS = {
+    "topk": SETUP,
+    "batchtopk": replace(SETUP, name="BatchTopK 16", rule="batchtopk"),
+    "jumprelu": replace(SETUP, name="JumpReLU 16", rule="jumprelu", lr=1e-4),
+    "crosscoder": replace(SETUP, name="crosscoder 8", rule="batchtopk", site_dims=(8, 8)),
+}
+
+
+def made_up(**changes):
+    """A setup's result in which every bar holds just so, but for `changes`."""
+    ours = {"ms": 100.0, "fvu": 0.3, "peak_mb": 99.0, "l0": 4.0, "ms_min": 90.0, "note": ""}
+    peers = {
+        "sparsify": ours | {"ms": 250.0, "fvu": 0.299, "peak_mb": 100.0},
+        "overcomplete": ours | {"ms": 500.0, "fvu": 0.31, "peak_mb": 200.0},
+        "sae-lens": {"error": "RuntimeError: broken", "note": ""},
+    }
+    result = {
+        "name": "TopK 16", "rule": "topk", "device": "cpu", "floor": {"ms": 70.0}, "ratio": 2.5,
+        "libraries": {"lib": ours, **peers},
+    }  # fmt: skip
+    return result | changes
+
+
+def verdicts(result):
+    return [bar["holds"] for bar in bench_training.judge(result)]
+
+
+def test_bars_hold_and_are_missed():
+    assert verdicts(made_up()) == [True] * 5
+    assert verdicts(made_up(ratio=2.49)) == [False, True, True, True, True]
+    assert verdicts(made_up(floor={"ms": 66.0}))[3] is False
+    libraries = made_up()["libraries"]
+    worse = {"lib": libraries["lib"] | {"fvu": 0.301, "peak_mb": 100.0}}
+    assert verdicts(made_up(libraries=libraries | worse)) == [True, False, False, True, False]
+    assert verdicts(made_up(ratio=2.4, device="cuda"))[0] is True  # 2.3 is enough there
+    alone = made_up(libraries={"lib": libraries["lib"]}, ratio=None)
+    assert [bar["bar"] for bar in bench_training.judge(alone)] == ["times the floor"]
+
+
+def test_another_rule_is_no_peer_but_counts_for_memory():
+    result = made_up(name="crosscoder 8", rule="batchtopk", ratio=5.0)
+    speed, fastest, *_, memory = bench_training.judge(result)
+    assert (speed["need"], fastest["need"]) == (4.0, 0.31)  # overcomplete's, not sparsify's
+    assert memory["need"] == 100.0  # sparsify's
+    assert bench_training.best_peer(result, "ms") == 500
+    assert bench_training.best_peer(result, "ms", stand_ins=True) == 250
+
+
+def test_floor_counts_bytes(monkeypatch):
+    monkeypatch.setitem(bench_measure.COPIED, "cpu", 2**16)
+    assert adam_bytes(SETUP) == 7 * 4 * 2 * 16 * 64
+    assert gather_bytes(SETUP) == 0
+    assert gather_bytes(replace(SETUP, device="cuda")) == 3 * 2 * 32 * 4 * 16
+    x = planted(SETUP, 1)[0]
+    floor = Floor(SETUP, x, Start.of(SETUP, x).rows)
+    floor.sample()
+    torch.testing.assert_close(floor.out, x @ floor.rows.T)
+    floor.gemm_seconds = [9, 9, 9, 0.001, 0.002, 0.003]  # three to warm up
+    floor.copy_seconds = [9, 9, 9, 1, 2, 3]
+    bandwidth = 2 * floor.source.numel() / 2
+    result = floor.result()
+    assert result["gemm_ms"] == pytest.approx(2)
+    assert result["ms"] == pytest.approx(2 + 1000 * adam_bytes(SETUP) / bandwidth)
+
+
+def test_memory_formula_and_measure():
+    start = Start.of(SETUP, planted(SETUP, 1)[0])
+    parameters = sum(p.numel() for p in Ours(SETUP, start).trainee.dictionary.parameters())
+    assert SETUP.n_parameters == parameters
+    expected = (4 * 4 * parameters + 4 * 32 * 64) / 1e6
+    assert bench_measure.predicted_mb(SETUP) == pytest.approx(expected)
+    if sys.platform == "linux":
+        kept = []  # 64 MB that stay and 128 MB that go
+        step = lambda: torch.ones(32 * 10**6).sum()  # noqa: E731
+        build = lambda: kept.append(torch.ones(16 * 10**6)) or step  # noqa: E731
+        assert bench_measure.peak_mb(build, cuda=False) == pytest.approx(192, abs=15)
+
+
+@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
+def test_planted_data(setup):
+    first, second = planted(setup, 2)
+    for site in first.split(setup.site_dims, dim=1):
+        assert site.norm(dim=1).mean().item() == pytest.approx(site.shape[1] ** 0.5, rel=1e-4)
+    assert first.mean(0).abs().max() < 1e-5 < (first - second).abs().max()
+    assert torch.equal(planted(setup, 2)[1], second)
+    assert not torch.equal(planted(replace(setup, seed=1), 2)[1], second)
+
+
+@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
+def test_ours_starts_at_k_and_trains(setup):
+    batches = planted(setup, 12)
+    runner = Ours(setup, Start.of(setup, batches[0]))
+    with torch.no_grad():
+        assert runner.reconstruct(batches[0])[1] == pytest.approx(setup.k, abs=0.05)
+    before = bench_training.held_out(runner, batches[-2:])
+    for x in batches[:10]:
+        runner.step(x)
+    after = bench_training.held_out(runner, batches[-2:])
+    assert after["fvu"] < 0.998 * before["fvu"]
+    assert after["l0"] == pytest.approx(setup.k, rel=0.5 if setup.rule == "jumprelu" else 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in LIBRARIES if name != "lib"])
+@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
+def test_peers_start_where_we_do_and_train(setup, name):
+    if name not in bench_peers.racing(setup):
+        pytest.skip("no such rule there")
+    package = {"sae-lens": "sae_lens"}.get(name, name.replace("-", "_"))
+    needs = ["sklearn", package] if name == "overcomplete" else [package]
+    if any(importlib.util.find_spec(need) is None for need in needs):
+        pytest.skip("make peers installs it")
+    batches = planted(setup, 12)
+    start = Start.of(setup, batches[0])
+    ours, theirs = Ours(setup, start), LIBRARIES[name](setup, start)
+    with torch.no_grad():
+        ours.trainee.dictionary.b_dec.copy_(start.mean)
+        mine, other = ours.reconstruct(batches[1]), theirs.reconstruct(batches[1])
+    if not setup.crosscoder:  # which ranks by code norms, unknown to peers
+        torch.testing.assert_close(other, mine, atol=1e-4, rtol=1e-4)
+    before = bench_training.held_out(theirs, batches[-2:])
+    for x in batches[:10]:
+        theirs.step(x)
+    assert bench_training.held_out(theirs, batches[-2:])["fvu"] < 0.998 * before["fvu"]
+
+
+def test_missing_peers_stop_before_any_work(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("LATENT_BENCH_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setattr(bench_peers, "PACKAGES", ("torch", "no_such_package"))
+    assert bench_training.main([]) == 2
+    said = capsys.readouterr().err
+    assert "no_such_package" in said and "make peers" in said and "torch" not in said
+    assert not (tmp_path / "figures").exists()
+
+
+class Broken:
+    note = ""
+
+    def __init__(self, setup, start):
+        self.done = 0
+
+    def step(self, x):
+        self.done += 1
+        if self.done > 2:
+            raise RuntimeError("gave up\nsecond line")
+
+
+@pytest.fixture
+def small_bench(monkeypatch, tmp_path):
+    """The whole benchmark on tiny setups, its subprocesses as calls; without a browser."""
+    monkeypatch.setenv("LATENT_BENCH_FIGURES", str(tmp_path))
+    monkeypatch.setattr(bench_peers, "PACKAGES", ())
+    monkeypatch.setitem(bench_measure.COPIED, "cpu", 2**16)
+    for name in list(LIBRARIES):
+        if name != "lib":
+            monkeypatch.delitem(LIBRARIES, name)
+    monkeypatch.setitem(LIBRARIES, "broken", Broken)
+    monkeypatch.setattr(bench_training, "cpu_setups", lambda *_: list(SETUPS.values()))
+    monkeypatch.setattr(
+        bench_training, "growth_setups", lambda base: {"d_sae": [base], "k": [base]}
+    )
+    monkeypatch.setattr(
+        bench_training,
+        "in_its_own_process",
+        lambda library, setup, threads: bench_training.alone(library, setup),
+    )
+    monkeypatch.setattr(bench_training, "harvest", lambda: {"ratio": 1.1})
+    drawn = []
+    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: drawn.append(path))
+    return tmp_path, drawn
+
+
+def test_everything_is_written(small_bench, capsys):
+    folder, drawn = small_bench
+    threads = torch.get_num_threads()
+    try:
+        assert bench_training.main(["--threads", "1"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((folder / "bench.json").read_text())
+    assert (folder / "bench.html").exists() and drawn == [folder / "bench.png"]
+    assert found["machine"]["threads"] == 1 and found["harvest"] == {"ratio": 1.1}
+    assert [s["name"] for s in found["setups"]] == [s.name for s in SETUPS.values()]
+    for result in found["setups"]:
+        ours, broken = result["libraries"]["lib"], result["libraries"]["broken"]
+        assert 0 < ours["ms_min"] <= ours["ms"] and ours["fvu"] > 0 and ours["peak_mb"] >= 0
+        assert broken == {"note": "", "error": "RuntimeError: gave up"}
+        assert result["floor"]["ms"] > 0 and result["ratio"] is None
+    assert {axis: len(points) for axis, points in found["growth"].items()} == {"d_sae": 1, "k": 1}
+    assert found["growth"]["k"][0]["ms"] > 0
+    assert {bar["bar"] for bar in found["bars"]} == {"times the floor"}
+    said = capsys.readouterr().out
+    assert "RuntimeError: gave up" in said and ("missed" in said or "holds" in said)
+
+
+def test_our_own_errors_are_raised(small_bench, monkeypatch):
+    monkeypatch.setitem(LIBRARIES, "lib", Broken)
+    with pytest.raises(RuntimeError, match="gave up"):
+        bench_training.race(SETUP)
+
+
+def test_figure_shows_what_it_is_given():
+    points = [{"value": 2048, "ms": 40.0, "peak_mb": 90.0}, {"value": 4096, "error": "died"}]
+    found = {
+        "machine": {"cpu": "a processor", "gpu": "", "threads": 2},
+        "setups": [made_up(), made_up(name="BatchTopK 16")],
+        "growth": {"d_sae": points, "k": [{"value": 8, "ms": 1.0, "peak_mb": 2.0}]},
+    }
+    figure = training_speed(found)
+    bars = {trace.name: list(trace.y) for trace in figure.data if trace.type == "bar"}
+    assert bars == {
+        "lib": [100, 100], "sparsify": [250, 250], "overcomplete": [500, 500],
+        "sae-lens": [None, None],
+    }  # fmt: skip
+    lines = [(t.name, list(t.x), list(t.y)) for t in figure.data if t.type == "scatter"]
+    assert lines == [
+        ("floor", ["TopK 16", "BatchTopK 16"], [70, 70]),
+        ("lib: ms a step", [2048, 4096], [40, None]),
+        ("lib: peak MB", [2048, 4096], [90, None]),
+        ("lib: ms a step", [8], [1]),
+        ("lib: peak MB", [8], [2]),
+    ]
+    legend = [t.name for t in figure.data if t.showlegend is not False]
+    assert len(legend) == len(set(legend))
+    assert "a processor" in figure.layout.title.text
+    axes = [a for a in figure.layout if a.startswith("yaxis")]
+    assert {figure.layout[axis].type for axis in axes} == {"log"}
+    assert len(training_speed(found | {"growth": {}}).data) == 5  # four libraries and the floor
