@@ -7,6 +7,7 @@ b_dec`.
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from lib.dictionaries.kernels import SparseActs, active_pre_acts, sparse_decode
 from lib.dictionaries.memory import Memory
 from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, TopK
 
-BLOCK = (2**18, 2**25)
+BLOCK = (2**18, 2**27)
 """Numbers of a matrix that are handled at a time on a CPU, in its cache, and on a GPU."""
+TOKENS = 256
+"""Encoded at a time at least; with fewer the product is slower."""
 
 
 class Dictionary(nn.Module):
@@ -80,19 +83,34 @@ class Dictionary(nn.Module):
         parts = (self.W_dec,) if kind == "decoder" else self.W_dec.split(dims, dim=1)
         return torch.stack([part.norm(dim=1) for part in parts]).sum(0)
 
-    def pre_acts(
-        self, x: Float[Tensor, "n d_in"], out: Float[Tensor, "n d_sae"] | None = None
-    ) -> Float[Tensor, "n d_sae"]:
-        """`(x - b_dec) @ W_enc + b_enc`: a Gated dictionary's gate, every other rule's input.
-
-        Written to `out`, in its type and without a graph, if there is one.
-        """
+    def pre_acts(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        """`(x - b_dec) @ W_enc + b_enc`: a Gated dictionary's gate, every other rule's input."""
         if self.config.apply_b_dec_to_input:
             x = x - self.b_dec
-        if out is None:
-            return torch.addmm(self.b_enc, x, self.W_enc)
-        b_enc, x, W_enc = (t.detach().to(out.dtype) for t in (self.b_enc, x, self.W_enc))
-        return torch.addmm(b_enc, x, W_enc, out=out)
+        return torch.addmm(self.b_enc, x, self.W_enc)
+
+    @torch.no_grad()
+    def pairs(
+        self,
+        x: Float[Tensor, "n d_in"],
+        find: Callable[[Tensor], SparseActs],
+        memory: Memory | None = None,
+    ) -> SparseActs:
+        """What `find` finds in the pre-activations, of which only a block exists at a time.
+
+        They are in autocast's type, and in memory that the next block overwrites.
+        """
+        kind, d_sae = x.device.type, self.d_sae
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        b_enc, x, W_enc = self.b_enc.to(low), (x - self.b_in).to(low), self.W_enc.to(low)
+        blocks = x.split(max(TOKENS, BLOCK[x.is_cuda] // d_sae))
+        memory, found = memory or Memory(), []
+        room = memory.take(len(blocks[0]), d_sae, low, x.device)
+        with torch.autocast(kind, enabled=False):
+            for block in blocks:
+                found.append(find(torch.addmm(b_enc, block, W_enc, out=room[: len(block)])))
+        memory.give(room)
+        return SparseActs.joined(found)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Latents of every activation, each on its own.
@@ -106,11 +124,11 @@ class Dictionary(nn.Module):
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseActs:
         """The non-zero latents of `encode`, as pairs."""
-        pre = self.pre_acts(self._flat(x))
-        if isinstance(self.config.rule, TopK):
-            active = self.config.rule.select(pre, self)
+        x, rule = self._flat(x), self.config.rule
+        if isinstance(rule, TopK):
+            active = rule.select(self, lambda find: self.pairs(x, find))
             return active.with_values(active.values.relu()).nonzero()
-        return SparseActs.of(self.config.rule.acts(pre, self))
+        return self.pairs(x, lambda pre: SparseActs.of(rule.acts(pre, self)))
 
     def decode(self, acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
         return acts @ self.W_dec + self.b_dec
@@ -125,31 +143,25 @@ class Dictionary(nn.Module):
         return self.decode(self.encode(x))
 
     def training_acts(
-        self,
-        x: Float[Tensor, "n d_in"],
-        *,
-        whole: bool = False,
-        out: Float[Tensor, "n d_sae"] | None = None,
-        memory: Memory | None = None,
+        self, x: Float[Tensor, "n d_in"], *, whole: bool = False, memory: Memory | None = None
     ) -> tuple[
-        SparseActs | Float[Tensor, "n d_sae"], Float[Tensor, "n"] | None, Float[Tensor, "n d_sae"]
+        SparseActs | Float[Tensor, "n d_sae"],
+        Float[Tensor, "n"] | None,
+        Float[Tensor, "n d_sae"] | None,
     ]:
         """Latents as they are trained, what the rule says of their number, and pre-activations.
 
-        A sparse rule gives pairs with a graph, and pre-activations without one; it may look at
-        the whole batch. The others, and all that are asked for the `whole` matrix, give dense
-        matrices with a graph. Pre-activations without one are written to `out`; gradients of
-        weights, to `memory`.
+        A sparse rule gives pairs with a graph, and no pre-activations; it may look at the whole
+        batch. The others, and all that are asked for the `whole` matrix, give dense matrices with
+        a graph. Gradients of weights, where only pairs have one, lie in matrices of `memory`.
         """
         rule = self.config.rule
         if rule.sparse and not whole:
-            with torch.no_grad():
-                pre = self.pre_acts(x, out)
-                active = rule.select(pre, self)
+            active = rule.select(self, lambda find: self.pairs(x, find, memory))
             if active is not None:
                 weights = (self.encoder_rows, self.b_enc, self.b_in)
                 values = active_pre_acts(x, *weights, active, memory)
-                return *rule.paired(values, active, self), pre
+                return *rule.paired(values, active, self), None
         pre = self.pre_acts(x)
         return *rule.whole(pre, self), pre
 

@@ -25,8 +25,8 @@ class Pass:
     """What is reconstructed: `x`, or a transcoder's output sites."""
     x_hat: Float[Tensor, "n d_out"]
     acts: SparseActs | Float[Tensor, "n d_sae"]
-    pre_acts: Float[Tensor, "n d_sae"]
-    """With a graph only if `acts` is dense."""
+    pre_acts: Float[Tensor, "n d_sae"] | None
+    """None if `acts` are pairs."""
     dead: Int[Tensor, "n_dead"]
     """Latents that have not fired for long."""
     t: float

@@ -30,6 +30,14 @@ class SparseActs:
         counts = torch.bincount(rows, minlength=len(acts))
         return cls(indices, acts[rows, indices], starts_of(counts), acts.shape[1])
 
+    @classmethod
+    def joined(cls, parts: list["SparseActs"]) -> "SparseActs":
+        """The tokens of all parts, one after the other."""
+        counts = torch.cat([part.offsets.diff() for part in parts])
+        indices = torch.cat([part.indices for part in parts])
+        values = torch.cat([part.values for part in parts])
+        return cls(indices, values, starts_of(counts), parts[0].n_latents)
+
     @property
     def n(self) -> int:
         return len(self.offsets) - 1

@@ -21,13 +21,19 @@ def largest_of_rows(matrix: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
     while m % size:
         size //= 2
     if size < 4 or not n:
-        return matrix.topk(k, dim=1, sorted=False).indices
-    maxima = matrix.view(n, size, m // size).amax(1)
-    groups = largest_of_rows(maxima, k)
+        return _top(matrix, k)
+    groups = _top(matrix.view(n, size, m // size).amax(1), k)
     members = torch.arange(size, device=matrix.device) * (m // size)
     candidates = (groups[:, None, :] + members[:, None]).view(n, size * k)
-    chosen = largest_of_rows(matrix.gather(1, candidates), k)
-    return candidates.gather(1, chosen)
+    return candidates.gather(1, _top(matrix.gather(1, candidates), k))
+
+
+def _top(matrix: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
+    """`largest_of_rows` in one step."""
+    if matrix.is_cuda or matrix.dtype == torch.bfloat16 or not len(matrix):
+        return matrix.topk(k, dim=1, sorted=False).indices
+    places = np.argpartition(matrix.detach().numpy(), matrix.shape[1] - k, axis=1)
+    return torch.from_numpy(places[:, matrix.shape[1] - k :])
 
 
 def places_above(

@@ -3,12 +3,14 @@
 A rule is a small frozen object. `init` gives the parameters and buffers that it needs beside the
 dictionary's own, `acts` the latents at inference, which never depend on a token's neighbours.
 In training a *sparse* rule (JumpReLU, TopK, BatchTopK) has `select`: the pairs that may be active,
-found without a graph, or None if they are too many to gain by it; only they are decoded and get
-gradients, through `paired`. The others, and a JumpReLU of many latents, train through `whole`.
+found without a graph, or None if they are too many to gain by it; `scan` shows it blocks of
+pre-activations and joins what it finds there. Only pairs are decoded and get gradients, through
+`paired`. The others, and a JumpReLU of many latents, train through `whole`.
 Both give, beside the latents, the number of active ones of each token if it has a gradient.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -26,9 +28,10 @@ if TYPE_CHECKING:
 Acts = Float[Tensor, "n d_sae"]
 Values = Float[Tensor, "nnz"]
 L0s = Float[Tensor, "n"]
-HINTS = (0.95, 0.85, 0.6, 0.0)
-"""Shares of BatchTopK's last threshold: only scores above the first are compared, if they are
-enough, or else above the next; they are the faster to find and to sort, the fewer."""
+Scan = Callable[[Callable[[Acts], SparseActs]], SparseActs]
+HINTS = (0.95, 0.8, 0.0)
+"""Shares of the smallest score that BatchTopK kept last. Only scores above the first are compared,
+if they are enough, or else above the next: the fewer, the faster."""
 DENSE = 1 / 14
 """Share of active pairs from which on dense products are faster than sparse ones, on a CPU."""
 
@@ -105,10 +108,11 @@ class JumpReLU:
         acts, l0, _ = fused_jumprelu(pre, dictionary.log_threshold, bandwidth)
         return acts, l0
 
-    def select(self, pre: Acts, dictionary: "Dictionary") -> SparseActs | None:
+    def select(self, dictionary: "Dictionary", scan: Scan) -> SparseActs | None:
         """All above `θ - bandwidth / 2`: below it nothing has a gradient."""
-        places = places_above(pre, dictionary.log_threshold.exp() - self.bandwidth / 2)
-        return None if len(places) > DENSE * pre.numel() else _pairs(pre, places)
+        band = dictionary.log_threshold.detach().exp() - self.bandwidth / 2
+        found = scan(lambda pre: _pairs(pre, places_above(pre, band)))
+        return None if len(found.values) > DENSE * found.n * found.n_latents else found
 
     def paired(
         self, values: Values, active: SparseActs, dictionary: "Dictionary"
@@ -140,12 +144,14 @@ class TopK:
         indices = largest_of_rows(pre.detach(), self.k)
         return torch.zeros_like(pre).scatter(1, indices, pre.gather(1, indices).relu())
 
-    def select(self, pre: Acts, dictionary: "Dictionary") -> SparseActs:
+    def select(self, dictionary: "Dictionary", scan: Scan) -> SparseActs:
+        return scan(self._largest)
+
+    def _largest(self, pre: Acts) -> SparseActs:
         indices = largest_of_rows(pre, self.k)
         offsets = torch.arange(len(pre) + 1, device=pre.device) * self.k
-        return SparseActs(
-            indices.flatten(), pre.gather(1, indices).flatten(), offsets, pre.shape[1]
-        )
+        values = pre.gather(1, indices).flatten()
+        return SparseActs(indices.flatten(), values, offsets, pre.shape[1])
 
     def paired(
         self, values: Values, active: SparseActs, dictionary: "Dictionary"
@@ -175,25 +181,29 @@ class BatchTopK:
 
     def init(self, dictionary: "Dictionary") -> None:
         dictionary.register_buffer("threshold", torch.zeros(()))
+        dictionary.register_buffer("smallest", torch.zeros(()), persistent=False)  # kept last time
 
     def acts(self, pre: Acts, dictionary: "Dictionary") -> Acts:
         return torch.where(pre * dictionary.code_norms() > dictionary.threshold, pre, 0).relu()
 
-    def select(self, pre: Acts, dictionary: "Dictionary") -> SparseActs:
-        count, norms = len(pre) * self.k, dictionary.code_norms()
+    def select(self, dictionary: "Dictionary", scan: Scan) -> SparseActs:
+        norms = dictionary.code_norms().detach()
         for share in HINTS:
-            places = places_above(pre, share * dictionary.threshold / norms)
-            if len(places) >= count:
+            bound = share * dictionary.smallest / norms
+            active = scan(lambda pre, bound=bound: _pairs(pre, places_above(pre, bound)))
+            count = active.n * self.k
+            if len(active.values) >= count:
                 break
-        scores = pre.take(places) * norms[places % pre.shape[1]]
-        if len(places) > count:
-            kept = largest(scores, count)
-            places, scores = places[kept], scores[kept]
-        if len(places):
-            smallest = scores.min()
+        scores = active.values * norms[active.indices]
+        if len(scores) > count:
+            kept = torch.zeros_like(scores, dtype=torch.bool)
+            kept[largest(scores, count)] = True
+            active, scores = active.where(kept), scores[kept]
+        if len(scores):
+            smallest = dictionary.smallest.copy_(scores.min())
             past = torch.where(dictionary.threshold == 0, smallest, dictionary.threshold)
             dictionary.threshold.copy_(past.lerp(smallest, 1 - self.threshold_decay))
-        return _pairs(pre, places)
+        return active
 
     def paired(
         self, values: Values, active: SparseActs, dictionary: "Dictionary"

@@ -49,7 +49,7 @@ class Trainee:
         self.dictionary.b_dec.copy_(target.mean(0))
 
     def step(self, step: int, batch: Float[Tensor, "n d"]) -> Pass:
-        """One optimiser step; pre-activations in what it gives last until the next.
+        """One optimiser step.
 
         Raises:
             FloatingPointError: the loss or its gradient is not finite; weights and optimiser are
@@ -69,9 +69,8 @@ class Trainee:
             raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}")
         lr = (self.recipe.lr or fit.lr) * fit.lr_factor(step)
         self.optimizer.step(lr, (norm / fit.grad_clip).clamp(min=1))
-        pre = [out.pre_acts] if isinstance(out.acts, SparseActs) else []
-        for matrix in (*(p.grad for p in d.parameters()), *pre):
-            self.memory.give(matrix)  # to the next step, or the next dictionary
+        for parameter in d.parameters():
+            self.memory.give(parameter.grad)  # to the next step, or the next dictionary
         self.optimizer.zero_grad()
         d.normalize_decoder_()  # after the step, or rows drift off the sphere
         self.tokens_since_fired += len(out.x)
@@ -148,12 +147,10 @@ class Trainee:
         target = x if d.config.out_dims is None else target
         pairs = d.config.rule.sparse and not self.recipe.whole
         dtype = resolve_dtype(self.fit.dtype)
-        memory = self.memory
-        pre = memory.take(len(x), d.d_sae, dtype, x.device) if pairs else None
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            acts, l0, pre = d.training_acts(x, whole=not pairs, out=pre, memory=memory)
+            acts, l0, pre = d.training_acts(x, whole=not pairs, memory=self.memory)
             sparse = isinstance(acts, SparseActs)
-            x_hat = d.decode_sparse(acts, memory) if sparse else d.decode(acts)
+            x_hat = d.decode_sparse(acts, self.memory) if sparse else d.decode(acts)
         return Pass(d, x, target, x_hat, acts, pre, self._dead(), t, l0)
 
     @torch.no_grad()
