@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lib.dictionaries import parallel
 from lib.dictionaries.kernels import fused_jumprelu, sum_by_latent
 from lib.dictionaries.pairs import SparseActs, starts_of
 from lib.dictionaries.selection import largest, largest_of_rows, places_above
@@ -155,7 +156,8 @@ class TopK:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTopK:
-    """In training the n·k largest positive `pre · code norm` of a batch of n tokens; at inference
+    """In training the n·k largest positive `pre · code norm` of a batch of n tokens (the whole
+    batch, under data parallelism, of which a rank keeps those that are its own); at inference
     those above `threshold`, a saved buffer: the moving average of the smallest that was kept.
 
     Source: Bussmann et al. 2024, arXiv:2412.06410.
@@ -183,14 +185,15 @@ class BatchTopK:
         count, norms = len(pre) * self.k, dictionary.code_norms()
         for share in HINTS:
             places = places_above(pre, share * dictionary.threshold / norms)
-            if len(places) >= count:
+            if parallel.mean_count(len(places), pre.device) >= count:
                 break
         scores = pre.take(places) * norms[places % pre.shape[1]]
+        count = parallel.quota(scores, count)
         if len(places) > count:
             kept = largest(scores, count)
             places, scores = places[kept], scores[kept]
-        if len(places):
-            smallest = scores.min()
+        smallest = scores.min() if len(places) else scores.new_tensor(math.inf)
+        if parallel.least_(smallest).isfinite():
             past = torch.where(dictionary.threshold == 0, smallest, dictionary.threshold)
             dictionary.threshold.copy_(past.lerp(smallest, 1 - self.threshold_decay))
         return _pairs(pre, places)
