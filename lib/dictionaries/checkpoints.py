@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lib.dictionaries import parallel
 from lib.dictionaries.trainee import Trainee
 from lib.runtime import atomic_file, atomic_folder
 
@@ -35,17 +36,29 @@ def save_checkpoint(
     config: dict,
     history: dict[str, list[dict]],
 ) -> None:
-    """Write `checkpoint-<step>` and then remove older ones."""
-    with atomic_folder(folder / f"checkpoint-{step}") as new:
-        for i, trainee in enumerate(trainees.values()):
-            save_file(plain(trainee.state()), new / f"{i}.safetensors")
-        if isinstance(stream, Resumable):
-            save_file(plain(stream.state_dict()), new / "stream.safetensors")
-        state = {"step": step, "config": config, "names": list(trainees), "history": history}
-        (new / "state.json").write_text(json.dumps(state))
-    for other, path in checkpoints_in(folder):
-        if other != step:
-            remove(path)
+    """Write `checkpoint-<step>` and then remove older ones.
+
+    The first rank writes it, with the states of all ranks' streams, which it holds for a moment.
+    """
+    state = parallel.together(
+        lambda: plain(stream.state_dict()) if isinstance(stream, Resumable) else None
+    )
+    streams = parallel.gather_on_first(state)
+
+    def write() -> None:
+        with atomic_folder(folder / f"checkpoint-{step}") as new:
+            for i, trainee in enumerate(trainees.values()):
+                save_file(plain(trainee.state()), new / f"{i}.safetensors")
+            for rank, state in enumerate(streams):
+                if state is not None:
+                    save_file(state, new / _stream_file(rank))
+            state = {"step": step, "config": config, "names": list(trainees), "history": history}
+            (new / "state.json").write_text(json.dumps(state))
+        for other, path in checkpoints_in(folder):
+            if other != step:
+                remove(path)
+
+    parallel.first(write)
 
 
 def load_checkpoint(
@@ -71,7 +84,7 @@ def load_checkpoint(
         for name, trainee in trainees.items():
             i = state["names"].index(name)
             trainee.load_state(load_file(newest / f"{i}.safetensors"))
-        position = newest / "stream.safetensors"
+        position = newest / _stream_file(parallel.rank())
         saved = load_file(position) if position.exists() else None
     except SafetensorError as error:
         raise ValueError(f"checkpoint {newest} is damaged: {error}") from error
@@ -97,8 +110,12 @@ def kept(folder: Path | None, batch: Tensor) -> str:
     """Save a batch that could not be trained on; where, for the error's message."""
     if folder is None:
         return ""
-    with atomic_file(folder / "bad_batch.safetensors") as temporary:
-        save_file({"batch": batch.cpu().contiguous()}, temporary)
+
+    def write() -> None:
+        with atomic_file(folder / "bad_batch.safetensors") as temporary:
+            save_file({"batch": batch.cpu().contiguous()}, temporary)
+
+    parallel.first(write)
     return f"; the batch is in {folder / 'bad_batch.safetensors'}"
 
 
@@ -126,6 +143,10 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
         return []
     named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir())
     return [(int(match[1]), path) for match, path in named if match]
+
+
+def _stream_file(rank: int) -> str:
+    return f"stream-{rank}.safetensors" if rank else "stream.safetensors"
 
 
 def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

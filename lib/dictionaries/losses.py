@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from lib.dictionaries import parallel
 from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.kernels import SparseActs, sparse_decode
 
@@ -128,7 +129,7 @@ class L1:
         power = 1 - fall * (1 - self.p_end)
         if power < 1:
             lp = torch.where(codes > 0, codes.clamp(min=1e-6) ** power, 0).sum(1).mean()
-            l1 = lp * (l1 / lp.clamp(min=1e-12)).detach()
+            l1 = lp * (parallel.mean(l1) / parallel.mean(lp).clamp(min=1e-12)).detach()
         return self.weight * ramp(p.t, self.ramp) * l1
 
     def codes(self, p: Pass) -> Float[Tensor, "n d_sae"]:
@@ -173,7 +174,7 @@ class L0:
 
     def __call__(self, p: Pass) -> Float[Tensor, ""]:
         l0 = p.l0.mean()
-        penalty = l0 if self.target is None else (l0 / self.target - 1).square()
+        penalty = l0 if self.target is None else (parallel.mean(l0) / self.target - 1).square()
         return self.weight * ramp(p.t, self.ramp) * penalty
 
 
@@ -220,8 +221,10 @@ class AuxK:
         values, places = pre.topk(k, dim=1, sorted=False)
         codes = torch.zeros_like(pre).scatter(1, places, values.relu())
         left = (error - codes @ d.W_dec[p.dead]).square().sum()
-        variance = (error - error.mean(0)).square().sum().clamp(min=1e-12)
-        unit = (p.target - p.target.mean(0)).square().sum(1).mean()
+        spread = (error - parallel.mean(error.mean(0))).square().sum()
+        variance = parallel.mean(spread).clamp(min=1e-12)
+        spread = (p.target - parallel.mean(p.target.mean(0))).square().sum(1)
+        unit = parallel.mean(spread.mean())
         return self.weight * unit * left / variance
 
 
@@ -242,8 +245,8 @@ class GhostGradients:
         ghosts = p.pre_acts[:, p.dead].clamp(max=20).exp() @ d.W_dec[p.dead]
         size = error.norm(dim=1, keepdim=True) / (2 * ghosts.norm(dim=1, keepdim=True) + 1e-6)
         loss = (error - ghosts * size.detach()).square().sum(1).mean()
-        main = error.square().sum(1).mean()
-        return self.weight * loss * (main / loss.clamp(min=1e-12)).detach()
+        main = parallel.mean(error.square().sum(1).mean())
+        return self.weight * loss * (main / parallel.mean(loss).clamp(min=1e-12)).detach()
 
 
 Term = (

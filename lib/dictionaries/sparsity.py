@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lib.dictionaries import parallel
 from lib.dictionaries.kernels import fused_jumprelu, sum_by_latent
 from lib.dictionaries.pairs import SparseActs, starts_of
 from lib.dictionaries.selection import largest, largest_of_rows, places_above
@@ -161,7 +162,8 @@ class TopK:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTopK:
-    """In training the n·k largest positive `pre · code norm` of a batch of n tokens; at inference
+    """In training the n·k largest positive `pre · code norm` of a batch of n tokens (the whole
+    batch, under data parallelism, of which a rank keeps those that are its own); at inference
     those above `threshold`, a saved buffer: the moving average of the smallest that was kept.
 
     Source: Bussmann et al. 2024, arXiv:2412.06410.
@@ -192,15 +194,17 @@ class BatchTopK:
             bound = share * dictionary.smallest / norms
             active = scan(lambda pre, bound=bound: _pairs(pre, places_above(pre, bound)))
             count = active.n * self.k
-            if len(active.values) >= count:
+            if parallel.mean_count(len(active.values), norms.device) >= count:
                 break
         scores = active.values * norms[active.indices]
+        count = parallel.quota(scores, count)
         if len(scores) > count:
             kept = torch.zeros_like(scores, dtype=torch.bool)
             kept[largest(scores, count)] = True
             active, scores = active.where(kept), scores[kept]
-        if len(scores):
-            smallest = dictionary.smallest.copy_(scores.min())
+        smallest = scores.min() if len(scores) else scores.new_tensor(math.inf)
+        if parallel.least_(smallest).isfinite():
+            dictionary.smallest.copy_(smallest)
             past = torch.where(dictionary.threshold == 0, smallest, dictionary.threshold)
             dictionary.threshold.copy_(past.lerp(smallest, 1 - self.threshold_decay))
         return active

@@ -5,6 +5,8 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lib.dictionaries import parallel
+
 TRACKERS = ("none", "tensorboard", "wandb")
 
 Log = Callable[[dict[str, float], int], None]
@@ -20,11 +22,11 @@ def check_tracking(kind: str) -> None:
 
 @contextlib.contextmanager
 def tracker(kind: str, folder: Path, config: dict) -> Iterator[Log]:
-    """Yield what logs `{name: value}` of a step; files go below `folder`.
+    """Yield what logs `{name: value}` of a step, on the first rank; files go below `folder`.
 
     wandb obeys its own environment: `WANDB_MODE=offline` sends nothing.
     """
-    if kind == "none":
+    if kind == "none" or parallel.rank() > 0:
         yield lambda values, step: None
         return
     from accelerate.tracking import TensorBoardTracker, WandBTracker

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lib.dictionaries import parallel
 from lib.dictionaries.checkpoints import (
     clear_checkpoints,
     kept,
@@ -54,6 +56,11 @@ def fit(
 ) -> dict[str, Fitted]:
     """Train every dictionary of `plans` on the same batches; a sweep pays for the model once.
 
+    Under `torchrun --nproc-per-node N`, or `accelerate launch`, N ranks train together: each calls
+    this with a stream of its own part of every batch (see `lib.dictionaries.parallel`: `shard`,
+    `Share`), they take the steps that one process would take on the whole batches, and all return
+    the same. The first rank alone writes, in a folder that all can read, and shows progress.
+
     Args:
         plans: name → (`recipe.dictionary(...)`, `recipe`).
         stream: batches `[n d_in]` (for a transcoder `[n d_in + d_out]`), at least `n_steps`.
@@ -67,34 +74,29 @@ def fit(
 
     Raises:
         ValueError: no plan, a bad name, a rule that differs from its recipe's, another width than
-            the stream's, a stream that ends early, a resume with another config.
+            the stream's, a stream that ends early, a resume with another config; ranks whose
+            batches differ in size.
         FloatingPointError: activations, a loss or a gradient that are not finite: the step, and
             (given a folder) where the batch was saved. The last checkpoint stays.
         OSError: the folder cannot be written.
+        Under `torchrun` an error of one rank is raised on all of them.
     """
-    target = _check(plans, config, folder, resume, tracking)
-    batches, device = iter(stream), torch.device(device)
+    target, batches = _check(plans, config, folder, resume, tracking), iter(stream)
     columns = {name: _columns(name, plan[0], sites) for name, plan in plans.items()}
-    memory = Memory()
-    trainees = {name: Trainee(*plan, config, device, memory) for name, plan in plans.items()}
-    identity = _identity(plans, config)
-    restored = load_checkpoint(target, trainees, batches, identity) if resume else None
-    if target and not resume:
-        clear_checkpoints(target)
-    if target:
-        sweep(target, plans)
-    start, history = restored or (0, {name: [] for name in plans})
-
-    steps = tqdm(range(start, config.n_steps), desc="fit", disable=not progress, mininterval=1)
-    with tracker(tracking, (target or Path()) / "tracking", _flat(plans)) as log:
+    with (
+        parallel.joined(torch.device(device)) as device,
+        tracker(tracking, (target or Path()) / "tracking", _flat(plans)) as log,
+    ):
+        memory = Memory()
+        trainees = {name: Trainee(*plan, config, device, memory) for name, plan in plans.items()}
+        identity = _identity(plans, config)
+        start, history = _begin(target, trainees, batches, identity, resume)
+        quiet = not progress or parallel.rank() > 0
+        steps = tqdm(range(start, config.n_steps), desc="fit", disable=quiet, mininterval=1)
         for step in steps:
-            everything = _next(batches, step, sites).to(device, torch.float32)
-            if not everything.isfinite().all():
-                bad = int((~everything.isfinite()).any(1).sum())
-                raise FloatingPointError(
-                    f"{bad} of {len(everything)} activations at step {step} are NaN or infinite"
-                    f"{kept(target, everything)}"
-                )
+            read = partial(_next, batches, step, sites)
+            everything = parallel.next_together(read, device).to(device, torch.float32)
+            _require_finite(everything, step, target)
             logged = (step + 1) % config.log_every == 0 or step + 1 == config.n_steps
             for name, trainee in trainees.items():
                 batch = _part(name, trainee, everything, columns[name])
@@ -103,9 +105,11 @@ def fit(
                 try:
                     out = trainee.step(step, batch)
                 except FloatingPointError as error:
-                    raise FloatingPointError(f"{name}: {error}{kept(target, batch)}") from None
+                    where = kept(target, parallel.gather_rows(batch))
+                    raise FloatingPointError(f"{name}: {error}{where}") from None
                 if logged:
-                    entry = {"step": step + 1, "tokens": (step + 1) * len(batch)}
+                    n_tokens = (step + 1) * len(batch) * parallel.world_size()
+                    entry = {"step": step + 1, "tokens": n_tokens}
                     history[name].append(entry | trainee.metrics(out))
                 del out  # with the activations of a whole batch
             if logged:
@@ -116,13 +120,13 @@ def fit(
             if target and (due or step + 1 == config.n_steps):
                 save_checkpoint(target, step + 1, trainees, batches, identity, history)
 
-    fitted = {}
-    for name in plans:
-        trainee = trainees.pop(name)  # one by one, or memory holds every optimiser to the end
-        fitted[name] = Fitted(trainee.finished(), history[name], trainee.seconds)
-        if target:
-            fitted[name].dictionary.save(target / name)
-    return fitted
+        fitted = {}
+        for name in plans:
+            trainee = trainees.pop(name)  # one by one, or memory holds every optimiser to the end
+            fitted[name] = Fitted(trainee.finished(), history[name], trainee.seconds)
+            if target:
+                parallel.first(partial(fitted[name].dictionary.save, target / name))
+        return fitted
 
 
 def _check(
@@ -149,7 +153,28 @@ def _check(
         if resume or config.checkpoint_every or tracking != "none":
             raise ValueError("resume, checkpoint_every and tracking need a folder, got none")
         return None
-    return require_writable(Path(folder))
+    return Path(folder)
+
+
+def _begin(
+    folder: Path | None,
+    trainees: dict[str, Trainee],
+    batches: Iterator[Tensor],
+    identity: dict,
+    resume: bool,
+) -> tuple[int, dict[str, list[dict]]]:
+    """The number of steps done and the history so far; the folder is ready for more."""
+    start, history = 0, {name: [] for name in trainees}
+    if not folder:
+        return start, history
+    parallel.first(lambda: require_writable(folder))
+    if resume:
+        load = partial(load_checkpoint, folder, trainees, batches, identity)
+        start, history = parallel.together(load) or (start, history)
+    else:
+        parallel.first(lambda: clear_checkpoints(folder))
+    parallel.first(lambda: sweep(folder, trainees))
+    return start, history
 
 
 def _columns(
@@ -181,6 +206,16 @@ def _next(batches: Iterator[Tensor], step: int, sites: Mapping[str, int] | None)
     return batch
 
 
+def _require_finite(batch: Tensor, step: int, folder: Path | None) -> None:
+    if parallel.mean(batch.isfinite().all().float()) == 1:
+        return
+    batch = parallel.gather_rows(batch)
+    bad = int((~batch.isfinite()).any(1).sum())
+    raise FloatingPointError(
+        f"{bad} of {len(batch)} activations at step {step} are NaN or infinite{kept(folder, batch)}"
+    )
+
+
 def _part(name: str, trainee: Trainee, batch: Tensor, columns: list[slice] | None) -> Tensor:
     if columns is not None:
         parts = [batch[:, column] for column in columns]
@@ -201,7 +236,8 @@ def _identity(plans: Mapping[str, Plan], config: FitConfig) -> dict:
         name: {"dictionary": config_to_json(dictionary), "recipe": recipe.to_json()}
         for name, (dictionary, recipe) in plans.items()
     }
-    return {"fit": optimisation, "plans": described}
+    together = {"ranks": parallel.world_size()} if parallel.world_size() > 1 else {}
+    return {"fit": optimisation, "plans": described} | together
 
 
 def _flat(plans: Mapping[str, Plan]) -> dict:

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.activations.normalize import Normalizer
+from lib.dictionaries import parallel
 from lib.dictionaries.config import DictionaryConfig
 from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.fit_config import FitConfig
@@ -43,7 +44,7 @@ class Trainee:
     def start(self, batch: Float[Tensor, "n d"]) -> None:
         """Calibrate on the first batch: the normaliser, and `b_dec` at the mean."""
         config = self.dictionary.config
-        x, target = self._split(batch)
+        x, target = self._split(parallel.gather_rows(batch))
         self._set_normalizer(Normalizer.fit(self.fit.normalize, x, config.site_dims))
         target = self.normalizer(target) if config.out_dims is None else target
         self.dictionary.b_dec.copy_(target.mean(0))
@@ -59,9 +60,11 @@ class Trainee:
         d, fit = self.dictionary, self.fit
         out = self._forward(batch, step / fit.n_steps)
         loss = torch.stack([term(out) for term in self.recipe.terms]).sum()
-        if not loss.isfinite():
-            raise FloatingPointError(f"loss is {loss.item()} at step {step}")
-        loss.backward()
+        value = parallel.mean(loss.detach())
+        if not value.isfinite():
+            raise FloatingPointError(f"loss is {value.item()} at step {step}")
+        (loss / parallel.world_size()).backward()
+        parallel.sum_gradients_(d.parameters())
         d.project_decoder_grad_()
         norm = torch.nn.utils.get_total_norm([p.grad for p in d.parameters() if p.grad is not None])
         if not norm.isfinite():
@@ -73,8 +76,9 @@ class Trainee:
             self.memory.give(parameter.grad)  # to the next step, or the next dictionary
         self.optimizer.zero_grad()
         d.normalize_decoder_()  # after the step, or rows drift off the sphere
-        self.tokens_since_fired += len(out.x)
+        self.tokens_since_fired += len(out.x) * parallel.world_size()
         self.tokens_since_fired[fired(out.acts)] = 0
+        parallel.least_(self.tokens_since_fired)  # 0 for what fired on any rank
         resample = self.recipe.resample
         if resample and step + 1 in [round(share * fit.n_steps) for share in resample.shares]:
             self._resample(out)
@@ -84,11 +88,12 @@ class Trainee:
     @torch.no_grad()
     def metrics(self, out: Pass) -> dict[str, float]:
         """`fvu`, `l0` and the share of `dead` latents, of one batch."""
-        variance = (out.target - out.target.mean(0)).square().sum()
+        variance = (out.target - parallel.mean(out.target.mean(0))).square().sum()
         values = out.acts.values if isinstance(out.acts, SparseActs) else out.acts
+        l0 = parallel.mean((values > 0).sum().double()) / len(out.x)
         return {
-            "fvu": (out.error.square().sum() / variance).item(),
-            "l0": (values > 0).sum().item() / len(out.x),
+            "fvu": (parallel.mean(out.error.square().sum()) / parallel.mean(variance)).item(),
+            "l0": l0.item(),
             "dead": len(out.dead) / self.dictionary.d_sae,
         }
 
@@ -159,9 +164,9 @@ class Trainee:
         d, dead = self.dictionary, self._dead()
         if not len(dead):
             return
-        chances = out.error.square().sum(1).square().double().cpu()
+        chances = parallel.gather_rows(out.error.square().sum(1)).square().double().cpu()
         drawn = chances.multinomial(len(dead), replacement=True, generator=self.generator)
-        rows = (out.target - d.b_dec)[drawn.to(dead.device)]
+        rows = parallel.gather_rows(out.target)[drawn.to(dead.device)] - d.b_dec
         rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
         alive = torch.ones(d.d_sae, dtype=torch.bool, device=dead.device)
         alive[dead] = False
