@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from lib.dictionaries.config import DictionaryConfig
 from lib.dictionaries.kernels import SparseActs, active_pre_acts, sparse_decode
 from lib.dictionaries.memory import Memory
+from lib.dictionaries.selection import dots_of_rows
 from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, TopK
 
-BLOCK = (2**18, 2**27)
+BLOCK = (2**17, 2**27)
 """Numbers of a matrix that are handled at a time on a CPU, in its cache, and on a GPU."""
 TOKENS = 256
 """Encoded at a time at least; with fewer the product is slower."""
@@ -178,8 +179,7 @@ class Dictionary(nn.Module):
         if self.config.unit_norm_decoder and grad is not None:
             step = max(1, BLOCK[grad.is_cuda] // self.d_out)
             for part, rows in zip(grad.split(step), self.W_dec.split(step), strict=True):
-                along = torch.linalg.vecdot(part, rows)
-                part.addcmul_(along[:, None], rows, value=-1)
+                part.addcmul_(dots_of_rows(part, rows)[:, None], rows, value=-1)
 
     @torch.no_grad()
     def folded(self, mean: Float[Tensor, "d_in"], scale: Float[Tensor, "d_in"]) -> "Dictionary":

@@ -74,7 +74,9 @@ class SparseActs:
 
     def where(self, kept: Bool[Tensor, "nnz"]) -> "SparseActs":
         """Only the pairs that are `kept`."""
-        before = starts_of(kept.long())
-        return SparseActs(
-            self.indices[kept], self.values[kept], before[self.offsets], self.n_latents
-        )
+        return self.at(kept.nonzero()[:, 0])
+
+    def at(self, places: Int[Tensor, "few"]) -> "SparseActs":
+        """Only the pairs at these places, which ascend."""
+        offsets = torch.searchsorted(places, self.offsets)
+        return SparseActs(self.indices[places], self.values[places], offsets, self.n_latents)

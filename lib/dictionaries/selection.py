@@ -1,4 +1,4 @@
-"""Which entries of a large matrix are large."""
+"""Which entries of a large matrix are large; by numpy, where torch is slower on a CPU."""
 
 import math
 
@@ -59,3 +59,10 @@ def largest(values: Float[Tensor, "m"], count: int) -> Int[Tensor, "count"]:
         return values.topk(count, sorted=False).indices.sort().values
     places = np.argpartition(values.detach().numpy(), len(values) - count)[len(values) - count :]
     return torch.from_numpy(np.sort(places))
+
+
+def dots_of_rows(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
+    """The product of each row of `a` with its row of `b`; without a graph."""
+    if a.is_cuda or a.dtype == torch.bfloat16:
+        return torch.linalg.vecdot(a.detach(), b.detach())
+    return torch.from_numpy(np.vecdot(a.detach().numpy(), b.detach().numpy()))

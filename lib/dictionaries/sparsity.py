@@ -199,9 +199,8 @@ class BatchTopK:
         scores = active.values * norms[active.indices]
         count = parallel.quota(scores, count)
         if len(scores) > count:
-            kept = torch.zeros_like(scores, dtype=torch.bool)
-            kept[largest(scores, count)] = True
-            active, scores = active.where(kept), scores[kept]
+            kept = largest(scores, count)
+            active, scores = active.at(kept), scores[kept]
         smallest = scores.min() if len(scores) else scores.new_tensor(math.inf)
         if parallel.least_(smallest).isfinite():
             dictionary.smallest.copy_(smallest)

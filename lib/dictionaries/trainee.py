@@ -105,7 +105,8 @@ class Trainee:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
-        tensors = {f"weights.{k}": v for k, v in self.dictionary.state_dict().items()}
+        weights = self.dictionary.state_dict() | dict(self.dictionary.named_buffers())
+        tensors = {f"weights.{k}": v for k, v in weights.items()}
         tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.state().items()}
         return tensors | {
             "tokens_since_fired": self.tokens_since_fired,
@@ -117,7 +118,10 @@ class Trainee:
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Go on from `state`."""
-        self.dictionary.load_state_dict(_below("weights.", tensors))
+        weights = _below("weights.", tensors)
+        for name, buffer in self.dictionary.named_buffers():  # those that no file keeps among them
+            buffer.copy_(weights[name])
+        self.dictionary.load_state_dict({k: weights[k] for k in self.dictionary.state_dict()})
         self.optimizer.load_state(_below("optimizer.", tensors))
         self.tokens_since_fired.copy_(tensors["tokens_since_fired"])
         self.generator.set_state(tensors["generator"].cpu())
