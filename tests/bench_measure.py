@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lib.dictionaries.dictionary import BLOCK, TOKENS
+
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3
 """First steps of every library, which are not timed."""
@@ -208,9 +210,13 @@ def gather_bytes(setup: Setup) -> int:
 
 
 def predicted_mb(setup: Setup) -> float:
-    """Ours: weights, gradients and two moments in float32, and the pre-activations once."""
-    width = 2 if setup.dtype == "bfloat16" else 4
-    return (16 * setup.n_parameters + width * setup.batch * setup.d_sae) / 1e6
+    """Ours: weights, gradients and two moments in float32, and one block of pre-activations; in
+    bfloat16 also that of the weights: the encoder's while it encodes, the decoder's from then on.
+    """
+    low = setup.dtype == "bfloat16"
+    tokens = min(setup.batch, max(TOKENS, BLOCK[setup.cuda] // setup.d_sae))
+    block = (2 if low else 4) * tokens * setup.d_sae
+    return (16 * setup.n_parameters + block + 2 * low * setup.d * setup.d_sae) / 1e6
 
 
 def peak_mb(build: Callable[[], Callable[[], object]], cuda: bool) -> float:

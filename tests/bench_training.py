@@ -202,7 +202,7 @@ def table(result: dict) -> str:
                  f"{floor['bandwidth_gb_s']:.1f} GB/s")  # fmt: skip
     if "predicted_mb" in result:
         lines.append(f"{'lib, predicted':22}{result['predicted_mb']:33.0f}  16 bytes a parameter + "
-                     "n·d_sae pre-activations; beyond: O(n·k + n·d)")  # fmt: skip
+                     "a block of pre-activations; beyond: O(n·k + n·d)")  # fmt: skip
     return "\n".join(lines)
 
 
