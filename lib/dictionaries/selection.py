@@ -30,7 +30,7 @@ def largest_of_rows(matrix: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
 
 def _top(matrix: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
     """`largest_of_rows` in one step."""
-    if matrix.is_cuda or matrix.dtype == torch.bfloat16 or not len(matrix):
+    if matrix.device.type != "cpu" or matrix.dtype == torch.bfloat16 or not len(matrix):
         return matrix.topk(k, dim=1, sorted=False).indices
     places = np.argpartition(matrix.detach().numpy(), matrix.shape[1] - k, axis=1)
     return torch.from_numpy(places[:, matrix.shape[1] - k :])
@@ -40,7 +40,7 @@ def places_above(
     matrix: Float[Tensor, "n m"], bound: Float[Tensor, "m"] | Float[Tensor, ""]
 ) -> Int[Tensor, "nnz"]:
     """Where entries exceed the bound of their column, counted along the rows; ascending."""
-    if matrix.is_cuda or matrix.dtype == torch.bfloat16:  # which numpy does not have
+    if matrix.device.type != "cpu" or matrix.dtype == torch.bfloat16:  # which numpy does not have
         return true_places(matrix > bound)
     above = np.greater(matrix.detach().numpy(), bound.detach().numpy())  # five times torch's speed
     return torch.from_numpy(np.flatnonzero(above))
@@ -48,14 +48,14 @@ def places_above(
 
 def true_places(mask: Bool[Tensor, "n m"]) -> Int[Tensor, "nnz"]:
     """Where a mask is true, counted along its rows; ascending."""
-    if mask.is_cuda:
+    if mask.device.type != "cpu":
         return mask.flatten().nonzero()[:, 0]
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def largest(values: Float[Tensor, "m"], count: int) -> Int[Tensor, "count"]:
     """Places of the `count` largest values, ascending; of equal ones, any."""
-    if values.is_cuda or values.dtype == torch.bfloat16:
+    if values.device.type != "cpu" or values.dtype == torch.bfloat16:
         return values.topk(count, sorted=False).indices.sort().values
     places = np.argpartition(values.detach().numpy(), len(values) - count)[len(values) - count :]
     return torch.from_numpy(np.sort(places))
@@ -63,6 +63,6 @@ def largest(values: Float[Tensor, "m"], count: int) -> Int[Tensor, "count"]:
 
 def dots_of_rows(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
     """The product of each row of `a` with its row of `b`; without a graph."""
-    if a.is_cuda or a.dtype == torch.bfloat16:
+    if a.device.type != "cpu" or a.dtype == torch.bfloat16:
         return torch.linalg.vecdot(a.detach(), b.detach())
     return torch.from_numpy(np.vecdot(a.detach().numpy(), b.detach().numpy()))

@@ -61,7 +61,8 @@ def _weight_gradient(
     """`acts.T @ dense`, where acts holds `values` at the pairs of `active`."""
     order, starts = active.by_latent
     places, weights = active.rows[order], values[order]
-    if dense.is_cuda or not torch.backends.mkl.is_available() or dense.dtype == torch.bfloat16:
+    plain = dense.device.type == "cpu" and dense.dtype != torch.bfloat16
+    if not (plain and torch.backends.mkl.is_available()):
         return _bags(places, starts, weights, dense, dtype)
     size = (active.n_latents, dense.shape[1])
     out = memory.take(*size, dtype, dense.device) if memory else dense.new_empty(size, dtype=dtype)
