@@ -65,12 +65,18 @@ class Setup:
         return 2 * self.d * self.d_sae + self.d_sae + self.d
 
 
+DEAD = 1500
+"""Tokens without firing after which, in one setup, a latent is dead, so that AuxK has work: two
+batches, whether a library compares by `>` or by `>=`."""
+
+
 def cpu_setups(steps: int, big_steps: int) -> list[Setup]:
     small = {"d_sae": 8192, "k": 32, "batch": 1024, "steps": steps}
     big = {"d_sae": 24576, "k": 32, "batch": 2048, "steps": big_steps}
     cross = {"d_sae": 8192, "k": 64, "batch": 512, "steps": steps}
     return [
         Setup(name="TopK 512", rule="topk", site_dims=(512,), **small),
+        Setup(name="TopK 512 dead", rule="topk", site_dims=(512,), dead_after=DEAD, **small),
         Setup(name="BatchTopK 512", rule="batchtopk", site_dims=(512,), **small),
         Setup(name="JumpReLU 512", rule="jumprelu", site_dims=(512,), lr=1e-4, **small),
         Setup(name="crosscoder 2×512", rule="batchtopk", site_dims=(512, 512), **cross),

@@ -49,8 +49,12 @@ class Ours:
         make = {
             "topk": lambda: topk(setup.k),
             "batchtopk": lambda: batchtopk(setup.k),
+            # a fifth of the threshold, as the default has it once it is trained
             "jumprelu": lambda: jumprelu(
-                l0=10.0, target_l0=float(setup.k), threshold=start.threshold
+                l0=10.0,
+                target_l0=float(setup.k),
+                threshold=start.threshold,
+                bandwidth=start.threshold / 5,
             ),
         }
         recipe = make[setup.rule]()
@@ -87,7 +91,8 @@ class Sparsify:
     """`sparsify.SparseCoder` (PyPI: eai-sparsify), TopK with AuxK.
 
     Its `Trainer` wants a language model, so `step` does what `Trainer.fit` does for one batch of
-    activations, in its order, without its learning rate's schedule and its logging.
+    activations, in its order, without its learning rate's schedule and its logging. Optimiser and
+    weight of AuxK are the race's; its own defaults are signum, which keeps one moment, and none.
     """
 
     note = ""
@@ -146,7 +151,8 @@ class SAELens:
             # its sparse activations work only without the rescaling; unit rows need none
             "topk": ("TopK", {"k": setup.k, "use_sparse_activations": True,
                               "rescale_acts_by_decoder_norm": False}),
-            "batchtopk": ("BatchTopK", {"k": float(setup.k)}),
+            "batchtopk": ("BatchTopK", {"k": float(setup.k),
+                                        "rescale_acts_by_decoder_norm": False}),
             "jumprelu": ("JumpReLU", {"jumprelu_init_threshold": start.threshold,
                                       "jumprelu_sparsity_loss_mode": "quadratic",
                                       "target_l0": float(setup.k)}),

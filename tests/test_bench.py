@@ -14,6 +14,9 @@ from tests import bench_measure, bench_peers, bench_training
 from tests.bench_measure import Floor, Setup, Start, adam_bytes, gather_bytes, planted
 from tests.bench_peers import LIBRARIES, Ours
 
+FASTER, FLOOR = "times as fast as the fastest peer", "times the floor"
+MEMORY = "MB at the peak, below every peer's"
+L0 = "l0 that fvu was reached with, within 10 % of k"
 SETUP = Setup(
     name="TopK 16", rule="topk", site_dims=(16,), d_sae=64, k=4, batch=32, steps=2, dead_after=64
 )
@@ -34,7 +37,8 @@ def made_up(**changes):
         "sae-lens": {"error": "RuntimeError: broken", "note": ""},
     }
     result = {
-        "name": "TopK 16", "rule": "topk", "device": "cpu", "floor": {"ms": 70.0}, "ratio": 2.5,
+        "name": "TopK 16", "rule": "topk", "k": 4, "device": "cpu", "floor": {"ms": 70.0},
+        "ratio": 2.5,
         "libraries": {"lib": ours, **peers},
     }  # fmt: skip
     return result | changes
@@ -52,8 +56,40 @@ def test_bars_hold_and_are_missed():
     worse = {"lib": libraries["lib"] | {"fvu": 0.301, "peak_mb": 100.0}}
     assert verdicts(made_up(libraries=libraries | worse)) == [True, False, False, True, False]
     assert verdicts(made_up(ratio=2.4, device="cuda"))[0] is True  # 2.3 is enough there
+
+
+def test_bars_without_numbers_are_missed():
+    libraries = made_up()["libraries"]
     alone = made_up(libraries={"lib": libraries["lib"]}, ratio=None)
-    assert [bar["bar"] for bar in bench_training.judge(alone)] == ["times the floor"]
+    assert [bar["bar"] for bar in bench_training.judge(alone)] == [FASTER, FLOOR, MEMORY]
+    assert verdicts(alone) == [False, True, False]
+    unknown = {"lib": libraries["lib"] | {"peak_mb": None}}
+    assert verdicts(made_up(libraries=libraries | unknown)) == [True] * 4 + [False]
+    rows = {name: row | {"peak_mb": None} for name, row in libraries.items() if name != "lib"}
+    assert verdicts(made_up(libraries=libraries | rows)) == [True] * 4 + [False]
+
+
+@pytest.mark.parametrize(
+    ("l0", "holds"), [(3.59, False), (3.61, True), (4.39, True), (4.41, False)]
+)
+def test_a_jumprelu_is_judged_at_its_l0(l0, holds):
+    libraries = made_up()["libraries"]
+    ours = {"lib": libraries["lib"] | {"l0": l0, "fvu": 0.3}}
+    result = made_up(name="JumpReLU 16", rule="jumprelu", ratio=5.0, libraries=libraries | ours)
+    (bar,) = [bar for bar in bench_training.judge(result) if bar["bar"] == L0]
+    assert bar["holds"] is holds and (bar["value"], bar["need"]) == (l0, 4)
+
+
+def test_every_setup_has_a_bar_and_its_own_name():
+    setups = bench_measure.cpu_setups(30, 4), bench_measure.gpu_setups(30)
+    for some in setups:
+        assert len({setup.name for setup in some}) == len(some)
+        assert {setup.name.split(" ")[0] for setup in some} <= bench_training.SPEED_BARS.keys()
+    named = {setup.name: setup for setup in setups[0]}
+    dead, alive = named["TopK 512 dead"], named["TopK 512"]
+    assert replace(dead, name=alive.name, dead_after=alive.dead_after) == alive
+    assert dead.batch < dead.dead_after <= bench_measure.WARM_UP * dead.batch  # in all timed steps
+    assert alive.dead_after > (bench_measure.WARM_UP + 100) * alive.batch
 
 
 def test_another_rule_is_no_peer_but_counts_for_memory():
@@ -182,7 +218,7 @@ def small_bench(monkeypatch, tmp_path):
         "in_its_own_process",
         lambda library, setup, threads: bench_training.alone(library, setup),
     )
-    monkeypatch.setattr(bench_training, "harvest", lambda: {"ratio": 1.1})
+    monkeypatch.setattr(bench_training.bench_harvest, "measure", lambda: {"ratio": 1.1})
     drawn = []
     monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: drawn.append(path))
     return tmp_path, drawn
@@ -206,7 +242,16 @@ def test_everything_is_written(small_bench, capsys):
         assert result["floor"]["ms"] > 0 and result["ratio"] is None
     assert {axis: len(points) for axis, points in found["growth"].items()} == {"d_sae": 1, "k": 1}
     assert found["growth"]["k"][0]["ms"] > 0
-    assert {bar["bar"] for bar in found["bars"]} == {"times the floor"}
+    shared = [FASTER, FLOOR, MEMORY]
+    bars = [(bar["setup"], bar["bar"]) for bar in found["bars"]]
+    assert bars == [
+        *[("TopK 16", bar) for bar in shared],
+        *[("BatchTopK 16", bar) for bar in shared],
+        *[("JumpReLU 16", bar) for bar in (FASTER, L0, FLOOR, MEMORY)],
+        *[("crosscoder 8", bar) for bar in shared],
+        ("harvest", "times the bare forward pass"),
+    ]
+    assert [bar["holds"] for bar in found["bars"] if bar["bar"] != L0] == 12 * [False] + [True]
     said = capsys.readouterr().out
     assert "RuntimeError: gave up" in said and ("missed" in said or "holds" in said)
 

@@ -159,7 +159,8 @@ class Buffer(Iterator[Tensor]):
         self._blocks = state["blocks"].cpu().clone()
         self._random.set_state(state["random"].cpu())
         pool, self._rest = state["pool"], state["rest"].clone()
-        self._again = [state["again"].clone()] if len(state["again"]) else []
+        again = state.get("again", state["rest"][:0])  # as older states have none
+        self._again = [again.clone()] if len(again) else []
         self._order = torch.arange(len(pool))
         self._pool = None
         if len(pool) or len(self._rest):

@@ -21,6 +21,7 @@ from lib.dictionaries.memory import Memory
 from lib.dictionaries.selection import dots_of_rows
 from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, TopK
 
+Acts = SparseActs | Float[Tensor, "n d_sae"]
 BLOCK = (2**17, 2**27)
 """Numbers of a matrix that are handled at a time on a CPU, in its cache, and on a GPU."""
 TOKENS = 256
@@ -94,24 +95,27 @@ class Dictionary(nn.Module):
     def pairs(
         self,
         x: Float[Tensor, "n d_in"],
-        find: Callable[[Tensor], SparseActs],
+        find: Callable[[Tensor], SparseActs | None],
         memory: Memory | None = None,
-    ) -> SparseActs:
-        """What `find` finds in the pre-activations, of which only a block exists at a time.
+    ) -> SparseActs | None:
+        """What `find` finds in the pre-activations; None as soon as it gives None.
 
-        They are in autocast's type, and in memory that the next block overwrites.
+        Only a block exists at a time, in autocast's type, in memory that the next one overwrites.
         """
         kind, d_sae = x.device.type, self.d_sae
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         b_enc, x, W_enc = self.b_enc.to(low), (x - self.b_in).to(low), self.W_enc.to(low)
         blocks = x.split(max(TOKENS, BLOCK[x.is_cuda] // d_sae))
-        memory, found = memory or Memory(), []
-        room = memory.take(len(blocks[0]), d_sae, low, x.device)
+        take = memory.take if memory else torch.empty
+        room, found = take(len(blocks[0]), d_sae, dtype=low, device=x.device), []
         with torch.autocast(kind, enabled=False):
             for block in blocks:
                 found.append(find(torch.addmm(b_enc, block, W_enc, out=room[: len(block)])))
-        memory.give(room)
-        return SparseActs.joined(found)
+                if found[-1] is None:
+                    break
+        if memory:
+            memory.give(room)
+        return None if found[-1] is None else SparseActs.joined(found)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Latents of every activation, each on its own.
@@ -127,7 +131,7 @@ class Dictionary(nn.Module):
         """The non-zero latents of `encode`, as pairs."""
         x, rule = self._flat(x), self.config.rule
         if isinstance(rule, TopK):
-            active = rule.select(self, lambda find: self.pairs(x, find))
+            active = rule.select(self, len(x), lambda find: self.pairs(x, find))
             return active.with_values(active.values.relu()).nonzero()
         return self.pairs(x, lambda pre: SparseActs.of(rule.acts(pre, self)))
 
@@ -145,11 +149,7 @@ class Dictionary(nn.Module):
 
     def training_acts(
         self, x: Float[Tensor, "n d_in"], *, whole: bool = False, memory: Memory | None = None
-    ) -> tuple[
-        SparseActs | Float[Tensor, "n d_sae"],
-        Float[Tensor, "n"] | None,
-        Float[Tensor, "n d_sae"] | None,
-    ]:
+    ) -> tuple[Acts, Float[Tensor, "n"] | None, Float[Tensor, "n d_sae"] | None]:
         """Latents as they are trained, what the rule says of their number, and pre-activations.
 
         A sparse rule gives pairs with a graph, and no pre-activations; it may look at the whole
@@ -158,7 +158,8 @@ class Dictionary(nn.Module):
         """
         rule = self.config.rule
         if rule.sparse and not whole:
-            active = rule.select(self, lambda find: self.pairs(x, find, memory))
+            with torch.no_grad():
+                active = rule.select(self, len(x), lambda find: self.pairs(x, find, memory))
             if active is not None:
                 weights = (self.encoder_rows, self.b_enc, self.b_in)
                 values = active_pre_acts(x, *weights, active, memory)
@@ -170,16 +171,26 @@ class Dictionary(nn.Module):
     def normalize_decoder_(self) -> None:
         """Divide every decoder row by its norm, if the config asks for unit rows."""
         if self.config.unit_norm_decoder:
-            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            for rows in self._in_cache(self.W_dec):
+                rows /= rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
     @torch.no_grad()
-    def project_decoder_grad_(self) -> None:
-        """Remove from each decoder row's gradient what would change only the row's norm."""
+    def project_decoder_grad_(self) -> Float[Tensor, ""]:
+        """Remove from each decoder row's gradient what would change only the row's norm, if rows
+        are kept at norm 1; the norm of the gradient that is left."""
         grad = self.W_dec.grad
-        if self.config.unit_norm_decoder and grad is not None:
-            step = max(1, BLOCK[grad.is_cuda] // self.d_out)
-            for part, rows in zip(grad.split(step), self.W_dec.split(step), strict=True):
+        if grad is None:
+            return self.W_dec.new_zeros(())
+        norms = []
+        for part, rows in zip(self._in_cache(grad), self._in_cache(self.W_dec), strict=True):
+            if self.config.unit_norm_decoder:
                 part.addcmul_(dots_of_rows(part, rows)[:, None], rows, value=-1)
+            norms.append(torch.linalg.vector_norm(part))
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _in_cache(self, matrix: Float[Tensor, "d_sae d_out"]) -> tuple[Tensor, ...]:
+        """Its rows in blocks: several passes over one read memory once."""
+        return matrix.split(max(1, BLOCK[matrix.is_cuda] // self.d_out))
 
     @torch.no_grad()
     def folded(self, mean: Float[Tensor, "d_in"], scale: Float[Tensor, "d_in"]) -> "Dictionary":

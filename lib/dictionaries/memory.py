@@ -15,6 +15,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._free: dict[tuple, list[Tensor]] = defaultdict(list)
+        self._lent: set[int] = set()  # by address: a gradient is another tensor in the same place
         # Linux hands freed blocks back to the system until it has seen one as large as this freed;
         # from then on it keeps the small ones of every step
         torch.empty(31 * 2**20, dtype=torch.uint8)
@@ -22,12 +23,15 @@ class Memory:
     def take(self, n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A matrix `[n m]` with anything in it; it is the caller's until given back."""
         free = self._free[n, m, dtype, device]
-        return free.pop() if free else torch.empty(n, m, dtype=dtype, device=device)
+        matrix = free.pop() if free else torch.empty(n, m, dtype=dtype, device=device)
+        self._lent.add(matrix.data_ptr())
+        return matrix
 
     def give(self, matrix: Tensor | None) -> None:
-        """Take back what nobody reads any more; two of a shape are kept."""
-        if matrix is None or matrix.is_cuda or matrix.ndim != 2:
+        """Take back what was lent and nobody reads any more; two of a shape are kept."""
+        if matrix is None or matrix.is_cuda or matrix.data_ptr() not in self._lent:
             return
+        self._lent.remove(matrix.data_ptr())
         free = self._free[(*matrix.shape, matrix.dtype, matrix.device)]
         if len(free) < 2:
             free.append(matrix)

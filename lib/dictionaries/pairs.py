@@ -55,7 +55,7 @@ class SparseActs:
     def by_latent(self) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "n_latents_plus_1"]]:
         """The order that sorts the pairs by latent, and where each latent's begin in it."""
         if "by_latent" not in self._known:
-            order = self.indices.argsort(stable=True)
+            order = self.indices.int().argsort(stable=True)  # half the time of 64 bits
             counts = torch.bincount(self.indices, minlength=self.n_latents)
             self._known["by_latent"] = (order, starts_of(counts))
         return self._known["by_latent"]

@@ -3,7 +3,7 @@
 A rule is a small frozen object. `init` gives the parameters and buffers that it needs beside the
 dictionary's own, `acts` the latents at inference, which never depend on a token's neighbours.
 In training a *sparse* rule (JumpReLU, TopK, BatchTopK) has `select`: the pairs that may be active,
-found without a graph, or None if they are too many to gain by it; `scan` shows it blocks of
+found without a graph among `n` tokens, or None if too many to gain by it; `scan` shows it blocks of
 pre-activations and joins what it finds there. Only pairs are decoded and get gradients, through
 `paired`. The others, and a JumpReLU of many latents, train through `whole`.
 Both give, beside the latents, the number of active ones of each token if it has a gradient.
@@ -12,6 +12,7 @@ Both give, beside the latents, the number of active ones of each token if it has
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 Acts = Float[Tensor, "n d_sae"]
 Values = Float[Tensor, "nnz"]
 L0s = Float[Tensor, "n"]
-Scan = Callable[[Callable[[Acts], SparseActs]], SparseActs]
+Scan = Callable[[Callable[[Acts], SparseActs | None]], SparseActs | None]
 HINTS = (0.95, 0.8, 0.0)
 """Shares of the smallest score that BatchTopK kept last. Only scores above the first are compared,
 if they are enough, or else above the next: the fewer, the faster."""
@@ -109,11 +110,15 @@ class JumpReLU:
         acts, l0, _ = fused_jumprelu(pre, dictionary.log_threshold, bandwidth)
         return acts, l0
 
-    def select(self, dictionary: "Dictionary", scan: Scan) -> SparseActs | None:
+    def select(self, dictionary: "Dictionary", n: int, scan: Scan) -> SparseActs | None:
         """All above `θ - bandwidth / 2`: below it nothing has a gradient."""
-        band = dictionary.log_threshold.detach().exp() - self.bandwidth / 2
-        found = scan(lambda pre: _pairs(pre, places_above(pre, band)))
-        return None if len(found.values) > DENSE * found.n * found.n_latents else found
+        band = dictionary.log_threshold.exp() - self.bandwidth / 2
+
+        def find(pre: Acts) -> SparseActs | None:
+            places = places_above(pre, band)
+            return _pairs(pre, places) if len(places) <= DENSE * pre.numel() else None
+
+        return scan(find)
 
     def paired(
         self, values: Values, active: SparseActs, dictionary: "Dictionary"
@@ -145,10 +150,10 @@ class TopK:
         indices = largest_of_rows(pre.detach(), self.k)
         return torch.zeros_like(pre).scatter(1, indices, pre.gather(1, indices).relu())
 
-    def select(self, dictionary: "Dictionary", scan: Scan) -> SparseActs:
-        return scan(self._largest)
+    def select(self, dictionary: "Dictionary", n: int, scan: Scan) -> SparseActs:
+        return scan(self.largest)
 
-    def _largest(self, pre: Acts) -> SparseActs:
+    def largest(self, pre: Acts) -> SparseActs:
         indices = largest_of_rows(pre, self.k)
         offsets = torch.arange(len(pre) + 1, device=pre.device) * self.k
         values = pre.gather(1, indices).flatten()
@@ -188,12 +193,21 @@ class BatchTopK:
     def acts(self, pre: Acts, dictionary: "Dictionary") -> Acts:
         return torch.where(pre * dictionary.code_norms() > dictionary.threshold, pre, 0).relu()
 
-    def select(self, dictionary: "Dictionary", scan: Scan) -> SparseActs:
-        norms = dictionary.code_norms().detach()
+    def select(self, dictionary: "Dictionary", n: int, scan: Scan) -> SparseActs:
+        norms, count = dictionary.code_norms(), n * self.k
+        most = count * parallel.world_size()  # as all winners may be in one place
+
+        def find(pre: Acts, bound: Float[Tensor, "d_sae"]) -> SparseActs:
+            found = _pairs(pre, places_above(pre, bound))
+            scores = found.values * norms[found.indices]
+            return found.at(largest(scores, most)) if len(scores) > most else found
+
+        if not dictionary.smallest:  # in the first batch: what TopK would keep of half the tokens
+            each = scan(TopK(k=self.k).largest)
+            scores = (each.values * norms[each.indices]).view(-1, self.k).amin(1)
+            dictionary.smallest.copy_(parallel.least_(scores.relu().median()))
         for share in HINTS:
-            bound = share * dictionary.smallest / norms
-            active = scan(lambda pre, bound=bound: _pairs(pre, places_above(pre, bound)))
-            count = active.n * self.k
+            active = scan(partial(find, bound=share * dictionary.smallest / norms))
             if parallel.mean_count(len(active.values), norms.device) >= count:
                 break
         scores = active.values * norms[active.indices]

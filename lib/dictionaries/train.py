@@ -63,7 +63,8 @@ def fit(
 
     Args:
         plans: name → (`recipe.dictionary(...)`, `recipe`).
-        stream: batches `[n d_in]` (for a transcoder `[n d_in + d_out]`), at least `n_steps`.
+        stream: batches `[n d_in]` (for a transcoder `[n d_in + d_out]`), at least `n_steps`, such
+            as a `Buffer`; a `Prefetch` of it makes batches while a GPU trains.
         sites: hook name → width of the stream's columns, in order. Each dictionary then reads the
             columns of its own `hook_names`; without it each reads all of them.
         folder: for checkpoints, and at the end for the dictionaries, one folder each. Every file

@@ -53,20 +53,23 @@ class Trainee:
         """One optimiser step.
 
         Raises:
-            FloatingPointError: the loss or its gradient is not finite; weights and optimiser are
-                as they were.
+            FloatingPointError: the loss or its gradient is not finite; parameters and optimiser
+                are as they were.
         """
         began = self._now()
         d, fit = self.dictionary, self.fit
-        out = self._forward(batch, step / fit.n_steps)
-        loss = torch.stack([term(out) for term in self.recipe.terms]).sum()
+        dtype = resolve_dtype(fit.dtype)
+        with torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
+            out = self._forward(batch, step / fit.n_steps)
+            loss = torch.stack([term(out) for term in self.recipe.terms]).sum()
         value = parallel.mean(loss.detach())
         if not value.isfinite():
             raise FloatingPointError(f"loss is {value.item()} at step {step}")
         (loss / parallel.world_size()).backward()
         parallel.sum_gradients_(d.parameters())
-        d.project_decoder_grad_()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in d.parameters() if p.grad is not None])
+        decoder = d.project_decoder_grad_()
+        others = [p.grad for p in d.parameters() if p is not d.W_dec and p.grad is not None]
+        norm = torch.stack([decoder, torch.nn.utils.get_total_norm(others)]).norm()
         if not norm.isfinite():
             self.optimizer.zero_grad()
             raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}")
@@ -135,7 +138,8 @@ class Trainee:
     def _now(self) -> float:
         """Seconds, once the device has done what it was given."""
         if self.tokens_since_fired.is_cuda:
-            torch.cuda.synchronize(self.tokens_since_fired.device)
+            stream = torch.cuda.current_stream(self.tokens_since_fired.device)
+            stream.synchronize()  # not those on which batches are made ahead
         return time.perf_counter()
 
     def _dead(self) -> Int[Tensor, "n_dead"]:
@@ -154,12 +158,9 @@ class Trainee:
         x, target = self._split(batch)
         x = x if self.fit.normalize == "none" else self.normalizer(x)
         target = x if d.config.out_dims is None else target
-        pairs = d.config.rule.sparse and not self.recipe.whole
-        dtype = resolve_dtype(self.fit.dtype)
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            acts, l0, pre = d.training_acts(x, whole=not pairs, memory=self.memory)
-            sparse = isinstance(acts, SparseActs)
-            x_hat = d.decode_sparse(acts, self.memory) if sparse else d.decode(acts)
+        acts, l0, pre = d.training_acts(x, whole=self.recipe.whole, memory=self.memory)
+        sparse = isinstance(acts, SparseActs)
+        x_hat = d.decode_sparse(acts, self.memory) if sparse else d.decode(acts)
         return Pass(d, x, target, x_hat, acts, pre, self._dead(), t, l0)
 
     @torch.no_grad()

@@ -22,8 +22,7 @@ def fused_jumprelu(
     is not zero only near the threshold. θ learns from `acts` and `l0` through a rectangle of width
     `bandwidth` round the jump; `pre` gets no gradient from `l0`. `gap` has its own gradient, to
     both. `bandwidth` is a constant, positive, in units of the pre-activations, which are finite.
-    Sums are in float32 or wider, and equal from run to run. CUDA tensors go to Triton, others to
-    plain torch.
+    Sums are in float32 or wider, and equal from run to run; on CUDA, Triton takes them.
 
     Source: Rajamanoharan et al. 2024, arXiv:2407.14435, eq. 11 and 12.
 

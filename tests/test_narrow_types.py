@@ -1,0 +1,170 @@
+"""Products in bfloat16 and moments in 8 bits train as well, and resume bit for bit."""
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib.dictionaries import FitConfig, fit, recipes
+from lib.dictionaries.trainee import Trainee
+from tests import fit_worker
+from tests.small_fits import SPARSE, learnt, planted, same, trainee, watched
+
+BNB = importlib.util.find_spec("bitsandbytes")
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_bfloat16_products_train_as_well(name):
+    fvus = {}
+    for dtype in ("float32", "bfloat16"):
+        it, outs, fvus[dtype] = learnt(SPARSE[name], 120, dtype=dtype)
+        pre = outs[-1].pre_acts
+        assert (pre is None) == ("whole" not in name)
+        assert pre is None or pre.dtype == getattr(torch, dtype)
+        for key, tensor in it.state().items():
+            wide = key.startswith(("weights.", "optimizer.", "normalizer."))
+            assert not wide or tensor.dtype == torch.float32, key
+        assert fvus[dtype] < 0.6 * it.metrics(outs[0])["fvu"]
+    assert fvus["bfloat16"] == pytest.approx(fvus["float32"], rel=0.1)
+    assert fvus["bfloat16"] != fvus["float32"]
+
+
+WIDE = {
+    "gated": recipes.gated(l1=0.3),
+    "gated_anneal": recipes.gated_anneal(l1=0.1),
+    "p_anneal": recipes.p_anneal(l1=0.1),
+    "ghost": recipes.ghost(l1=1.0),
+    "matryoshka": recipes.matryoshka(k=3),
+    "topk": recipes.topk(k=2),
+}
+OF_THE_DEAD = ("ghost", "topk")
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_terms_on_products_in_bfloat16_train_as_well(name):
+    """Terms that multiply matrices of their own, or raise activations to a power."""
+    losses, fvus, l0s = {}, {}, {}
+    for dtype in ("float32", "bfloat16"):
+        recipe, seen = watched(WIDE[name])
+        it, outs, fvus[dtype] = learnt(recipe, 120, dtype=dtype, d_sae=96, dead_after=96)
+        losses[dtype] = [step.loss for step in seen]
+        l0s[dtype] = it.metrics(outs[-1])["l0"]
+        assert {kind for step in seen for kind in step.dtypes} == {torch.float32}
+        assert len([step for step in seen if step.n_dead]) > 60 or name not in OF_THE_DEAD
+        assert fvus[dtype] < 0.6 * it.metrics(outs[0])["fvu"]
+        if not seen[0].sparse:
+            assert outs[-1].pre_acts.dtype == getattr(torch, dtype)
+    assert losses["bfloat16"][:10] == pytest.approx(losses["float32"][:10], rel=0.01)
+    assert losses["bfloat16"] != losses["float32"]
+    assert fvus["bfloat16"] == pytest.approx(fvus["float32"], rel=0.1)
+    assert l0s["bfloat16"] == pytest.approx(l0s["float32"], rel=0.1)
+
+
+def stopped_and_resumed(folder: Path, config: FitConfig) -> None:
+    """Weights and history of a run stopped at steps 3 and 9 are those of one that was not."""
+    names = ("topk", "batchtopk", "jumprelu")
+    plans = {n: (SPARSE[n].dictionary(site_dims=(16,), d_sae=64), SPARSE[n]) for n in names}
+    plans["resample"] = fit_worker.plans()["resample"]
+    go = partial(fit, plans, config=config, progress=False)
+    batches = planted(config.n_steps)
+    whole = go(batches, folder=folder / "whole")
+    for stop in (3, 9):
+        with pytest.raises(ValueError, match=f"ended at step {stop}"):
+            go(batches[:stop], folder=folder / "cut", resume=True)
+    cut = go(batches, folder=folder / "cut", resume=True)
+    for name in plans:
+        assert cut[name].history == whole[name].history
+        same(cut[name].dictionary.state_dict(), whole[name].dictionary.state_dict())
+
+
+OFTEN = {"n_steps": 20, "lr": 3e-3, "dead_after": 150, "checkpoint_every": 2, "log_every": 5}
+
+
+def test_bfloat16_resumes_bit_for_bit(tmp_path):
+    stopped_and_resumed(tmp_path, FitConfig(**OFTEN, dtype="bfloat16"))
+
+
+# ---- 8-bit moments
+
+
+needs_bnb = pytest.mark.skipif(BNB is None, reason="needs bitsandbytes, of the extra gpu")
+
+
+@needs_bnb
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu"])
+def test_8bit_moments_train_as_well(name):
+    fvus = {}
+    for moments in ("float32", "8bit"):
+        it, outs, fvus[moments] = learnt(SPARSE[name], 120, moments=moments, d_sae=256)
+        assert fvus[moments] < 0.6 * it.metrics(outs[0])["fvu"]
+    assert fvus["8bit"] == pytest.approx(fvus["float32"], rel=0.05)
+    state = it.state()
+    for parameter in ("W_dec", "encoder"):
+        assert state[f"optimizer.{parameter}.state1"].dtype == torch.uint8, parameter
+        assert state[f"optimizer.{parameter}.state2"].dtype == torch.uint8, parameter
+        assert state[f"weights.{parameter}"].dtype == torch.float32
+    assert state["optimizer.b_dec.state1"].dtype == torch.float32
+
+
+@needs_bnb
+def test_8bit_moments_go_on_from_their_state():
+    batches = planted(10)
+    it, other = (trainee(SPARSE["topk"], moments="8bit", d_sae=256, seed=i) for i in (0, 1))
+    it.start(batches[0])
+    for i in range(5):
+        it.step(i, batches[i])
+    other.load_state({name: tensor.clone() for name, tensor in it.state().items()})
+    for i in range(5, 10):
+        for one in (it, other):
+            one.step(i, batches[i])
+        same(it.state(), other.state())
+
+
+@needs_bnb
+def test_8bit_moments_resume_bit_for_bit(tmp_path):
+    stopped_and_resumed(tmp_path, FitConfig(**OFTEN, moments="8bit"))
+
+
+@needs_bnb
+@pytest.mark.parametrize("d_sae", [64, 512])
+def test_8bit_moments_of_revived_rows_are_forgotten(d_sae):
+    """In float32 (small parameters), and in codes of 8 bits."""
+    batches, rows = planted(10), torch.arange(10)
+    it = trainee(recipes.standard_resample(l1=0.3), moments="8bit", d_sae=d_sae, n_steps=10)
+    it.start(batches[0])
+    it.step(0, batches[0])
+    with torch.no_grad():
+        it.dictionary.b_enc[rows] = -100
+    it.tokens_since_fired[rows] = 150
+    before = moments(it)
+    it.step(1, batches[1])
+    assert (it.dictionary.b_enc[rows] == 0).all()
+    after = moments(it)
+    for name in ("W_dec", "encoder", "b_enc"):
+        for moment in (0, 1):
+            assert (before[name][moment][rows] != 0).any(), name
+            assert (after[name][moment][rows] == 0).all(), name
+            assert (after[name][moment][10:] != 0).any(), name
+
+
+def moments(it: Trainee) -> dict[str, list[torch.Tensor]]:
+    """What bitsandbytes' moments stand for, up to the scale of each block."""
+    found = {}
+    for name, parameter in it.dictionary.named_parameters():
+        state = it.optimizer.adam.state[parameter]
+        pairs = [(state[f"state{i}"], state.get(f"qmap{i}")) for i in (1, 2)]
+        found[name] = [s.clone() if table is None else table[s.long()] for s, table in pairs]
+    return found
+
+
+def test_bad_types_are_refused(monkeypatch):
+    for bad in ({"dtype": "float16"}, {"dtype": "fp32"}, {"moments": "4bit"}, {"moments": "8"}):
+        ((name, value),) = bad.items()
+        with pytest.raises(ValueError, match=f"need {name} float32 or .*, got {value!r}"):
+            FitConfig(n_steps=1, **bad)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs bitsandbytes: pip install '\.\[gpu\]'"):
+        FitConfig(n_steps=1, moments="8bit")
+    FitConfig(n_steps=1, dtype="bfloat16")  # needs nothing
