@@ -31,7 +31,7 @@ class FitConfig:
     dead_after: int = 1_000_000
     """Tokens without firing after which a latent counts as dead."""
     dtype: str = "float32"
-    """Of the large products: float32, or bfloat16 on a GPU, where it is twice as fast or more.
+    """Of the large products: float32, or bfloat16, meant for GPUs (most CPUs are slower with it).
     Weights, their gradients and the loss are in float32 with either."""
     moments: str = "float32"
     """Of Adam: float32, or 8bit, a quarter of that, which needs the extra `gpu` (bitsandbytes)."""

@@ -49,8 +49,8 @@ def _store() -> dist.Store:
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[torch.device]:
-    """Within it the ranks that `torchrun` or `accelerate launch` started can talk; yields this
-    rank's device. A process group that is there already is used, and left as it was.
+    """Within it the ranks that `torchrun` started can talk; yields this rank's device. A process
+    group that is there already is used, and left as it was.
     """
     if device.type == "cuda" and device.index is None and world_size() > 1:
         device = torch.device("cuda", _launched("LOCAL_RANK", torch.cuda.current_device()))

@@ -56,10 +56,10 @@ def fit(
 ) -> dict[str, Fitted]:
     """Train every dictionary of `plans` on the same batches; a sweep pays for the model once.
 
-    Under `torchrun --nproc-per-node N`, or `accelerate launch`, N ranks train together: each calls
-    this with a stream of its own part of every batch (see `lib.dictionaries.parallel`: `shard`,
-    `Share`), they take the steps that one process would take on the whole batches, and all return
-    the same. The first rank alone writes, in a folder that all can read, and shows progress.
+    Under `torchrun --nproc-per-node N` N ranks train together: each calls this with a stream of its
+    own part of every batch (see `lib.dictionaries.parallel`: `shard`, `Share`), they take the steps
+    that one process would take on the whole batches, and all return the same. The first rank alone
+    writes, in a folder that all can read, and shows progress.
 
     Args:
         plans: name → (`recipe.dictionary(...)`, `recipe`).
