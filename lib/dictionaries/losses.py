@@ -50,13 +50,8 @@ class Reconstruction:
     """Squared error, summed over dimensions, averaged over tokens."""
 
     def __call__(self, p: Pass) -> Float[Tensor, ""]:
-        return _squared_error(p.x_hat, p.target)
-
-
-def _squared_error(
-    x_hat: Float[Tensor, "n d_out"], target: Float[Tensor, "n d_out"]
-) -> Float[Tensor, ""]:
-    return mse_loss(x_hat, target, reduction="sum") / len(target)  # one pass, one in backward
+        # one pass over memory, and one in backward
+        return mse_loss(p.x_hat, p.target, reduction="sum") / len(p.target)
 
 
 @dataclass(frozen=True, kw_only=True)
