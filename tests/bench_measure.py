@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.dictionaries.dictionary import BLOCK, TOKENS
+from lib.dictionaries.memory import BLOCK
+from lib.dictionaries.search import TOKENS
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3

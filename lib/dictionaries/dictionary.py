@@ -7,7 +7,6 @@ b_dec`.
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +16,12 @@ from torch import Tensor, nn
 
 from lib.dictionaries.config import DictionaryConfig
 from lib.dictionaries.kernels import SparseActs, active_pre_acts, sparse_decode
-from lib.dictionaries.memory import Memory
+from lib.dictionaries.memory import Memory, in_cache
+from lib.dictionaries.search import Search, tokens_at_once
 from lib.dictionaries.selection import dots_of_rows
 from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, TopK
 
 Acts = SparseActs | Float[Tensor, "n d_sae"]
-BLOCK = (2**17, 2**27)
-"""Numbers of a matrix that are handled at a time on a CPU, in its cache, and on a GPU."""
-TOKENS = 256
-"""Encoded at a time at least; with fewer the product is slower."""
 
 
 class Dictionary(nn.Module):
@@ -91,32 +87,6 @@ class Dictionary(nn.Module):
             x = x - self.b_dec
         return torch.addmm(self.b_enc, x, self.W_enc)
 
-    @torch.no_grad()
-    def pairs(
-        self,
-        x: Float[Tensor, "n d_in"],
-        find: Callable[[Tensor], SparseActs | None],
-        memory: Memory | None = None,
-    ) -> SparseActs | None:
-        """What `find` finds in the pre-activations; None as soon as it gives None.
-
-        Only a block exists at a time, in autocast's type, in memory that the next one overwrites.
-        """
-        kind, d_sae = x.device.type, self.d_sae
-        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        b_enc, x, W_enc = self.b_enc.to(low), (x - self.b_in).to(low), self.W_enc.to(low)
-        blocks = x.split(max(TOKENS, BLOCK[x.is_cuda] // d_sae))
-        take = memory.take if memory else torch.empty
-        room, found = take(len(blocks[0]), d_sae, dtype=low, device=x.device), []
-        with torch.autocast(kind, enabled=False):
-            for block in blocks:
-                found.append(find(torch.addmm(b_enc, block, W_enc, out=room[: len(block)])))
-                if found[-1] is None:
-                    break
-        if memory:
-            memory.give(room)
-        return None if found[-1] is None else SparseActs.joined(found)
-
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Latents of every activation, each on its own.
 
@@ -131,9 +101,11 @@ class Dictionary(nn.Module):
         """The non-zero latents of `encode`, as pairs."""
         x, rule = self._flat(x), self.config.rule
         if isinstance(rule, TopK):
-            active = rule.select(self, len(x), lambda find: self.pairs(x, find))
+            with Search(self, x) as scan:
+                active = rule.select(self, len(x), scan)
             return active.with_values(active.values.relu()).nonzero()
-        return self.pairs(x, lambda pre: SparseActs.of(rule.acts(pre, self)))
+        blocks = x.split(tokens_at_once(x, self.d_sae))
+        return SparseActs.joined([SparseActs.of(rule.acts(self.pre_acts(b), self)) for b in blocks])
 
     def decode(self, acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
         return acts @ self.W_dec + self.b_dec
@@ -159,7 +131,8 @@ class Dictionary(nn.Module):
         rule = self.config.rule
         if rule.sparse and not whole:
             with torch.no_grad():
-                active = rule.select(self, len(x), lambda find: self.pairs(x, find, memory))
+                with Search(self, x, memory) as scan:
+                    active = rule.select(self, len(x), scan)
             if active is not None:
                 weights = (self.encoder_rows, self.b_enc, self.b_in)
                 values = active_pre_acts(x, *weights, active, memory)
@@ -171,7 +144,7 @@ class Dictionary(nn.Module):
     def normalize_decoder_(self) -> None:
         """Divide every decoder row by its norm, if the config asks for unit rows."""
         if self.config.unit_norm_decoder:
-            for rows in self._in_cache(self.W_dec):
+            for rows in in_cache(self.W_dec):
                 rows /= rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
     @torch.no_grad()
@@ -182,15 +155,11 @@ class Dictionary(nn.Module):
         if grad is None:
             return self.W_dec.new_zeros(())
         norms = []
-        for part, rows in zip(self._in_cache(grad), self._in_cache(self.W_dec), strict=True):
+        for part, rows in zip(in_cache(grad), in_cache(self.W_dec), strict=True):
             if self.config.unit_norm_decoder:
                 part.addcmul_(dots_of_rows(part, rows)[:, None], rows, value=-1)
             norms.append(torch.linalg.vector_norm(part))
         return torch.linalg.vector_norm(torch.stack(norms))
-
-    def _in_cache(self, matrix: Float[Tensor, "d_sae d_out"]) -> tuple[Tensor, ...]:
-        """Its rows in blocks: several passes over one read memory once."""
-        return matrix.split(max(1, BLOCK[matrix.is_cuda] // self.d_out))
 
     @torch.no_grad()
     def folded(self, mean: Float[Tensor, "d_in"], scale: Float[Tensor, "d_in"]) -> "Dictionary":

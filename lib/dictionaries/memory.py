@@ -5,6 +5,14 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+BLOCK = (2**17, 2**27)
+"""Numbers of a matrix that are handled at a time on a CPU, in its cache, and on a GPU."""
+
+
+def in_cache(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Its rows in blocks: several passes over one read memory once."""
+    return matrix.split(max(1, BLOCK[matrix.is_cuda] // matrix.shape[1]))
+
 
 class Memory:
     """Hands matrices out and takes them back.

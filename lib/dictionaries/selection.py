@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import BFloat16, Bool, Float, Int
 from torch import Tensor
 
 
@@ -36,14 +36,40 @@ def _top(matrix: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
     return torch.from_numpy(places[:, matrix.shape[1] - k :])
 
 
+def bound_of_largest(matrix: BFloat16[Tensor, "n m"], k: int) -> Float[Tensor, "n"]:
+    """Not above the k-th largest entry of each row before it was rounded, if that is positive.
+
+    It is that of the maxima of groups of columns; with at least 4 k groups little is lost by it.
+    """
+    n, m = matrix.shape
+    size = min(16, max(1, m // (4 * k)))
+    groups = _bits(matrix)[:, : m // size * size].reshape(n, size, m // size).max(1)
+    smallest = np.partition(groups, m // size - k, axis=1)[:, m // size - k]
+    return torch.from_numpy(smallest).view(torch.bfloat16).float() * (1 - 2.0**-8)
+
+
+def _bits(matrix: BFloat16[Tensor, "n m"]) -> np.ndarray:
+    """Integers that are ordered as the positive entries are, and negative as the others."""
+    return matrix.detach().view(torch.int16).numpy()
+
+
 def places_above(
-    matrix: Float[Tensor, "n m"], bound: Float[Tensor, "m"] | Float[Tensor, ""]
+    matrix: Float[Tensor, "n m"],
+    bound: Float[Tensor, "m"] | Float[Tensor, ""] | Float[Tensor, "n 1"],
 ) -> Int[Tensor, "nnz"]:
-    """Where entries exceed the bound of their column, counted along the rows; ascending."""
-    if matrix.device.type != "cpu" or matrix.dtype == torch.bfloat16:  # which numpy does not have
+    """Where entries exceed the bound of their column or row, counted along the rows; ascending.
+
+    In bfloat16 all that may have exceeded it before they were rounded.
+    """
+    if matrix.dtype != torch.bfloat16 and matrix.device.type == "cpu":
+        above = np.greater(matrix.detach().numpy(), bound.detach().numpy())  # five times torch's
+        return torch.from_numpy(np.flatnonzero(above))  # speed
+    if matrix.dtype != torch.bfloat16:
         return true_places(matrix > bound)
-    above = np.greater(matrix.detach().numpy(), bound.detach().numpy())  # five times torch's speed
-    return torch.from_numpy(np.flatnonzero(above))
+    bound = bound.bfloat16()
+    if matrix.device.type != "cpu" or (bound < 0).any():
+        return true_places(matrix >= bound)
+    return torch.from_numpy(np.flatnonzero(np.greater_equal(_bits(matrix), _bits(bound))))
 
 
 def true_places(mask: Bool[Tensor, "n m"]) -> Int[Tensor, "nnz"]:

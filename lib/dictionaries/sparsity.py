@@ -3,9 +3,9 @@
 A rule is a small frozen object. `init` gives the parameters and buffers that it needs beside the
 dictionary's own, `acts` the latents at inference, which never depend on a token's neighbours.
 In training a *sparse* rule (JumpReLU, TopK, BatchTopK) has `select`: the pairs that may be active,
-found without a graph among `n` tokens, or None if too many to gain by it; `scan` shows it blocks of
-pre-activations and joins what it finds there. Only pairs are decoded and get gradients, through
-`paired`. The others, and a JumpReLU of many latents, train through `whole`.
+found without a graph among `n` tokens, or None if too many to gain by it; with `scan` it looks
+through blocks of pre-activations. Only pairs are decoded and get gradients, through `paired`. The
+others, and a JumpReLU of many latents, train through `whole`.
 Both give, beside the latents, the number of active ones of each token if it has a gradient.
 """
 
@@ -21,8 +21,13 @@ from torch import Tensor, nn
 
 from lib.dictionaries import parallel
 from lib.dictionaries.kernels import fused_jumprelu, sum_by_latent
-from lib.dictionaries.pairs import SparseActs, starts_of
-from lib.dictionaries.selection import largest, largest_of_rows, places_above
+from lib.dictionaries.pairs import SparseActs
+from lib.dictionaries.selection import (
+    bound_of_largest,
+    largest,
+    largest_of_rows,
+    places_above,
+)
 
 if TYPE_CHECKING:
     from lib.dictionaries.dictionary import Dictionary
@@ -30,7 +35,12 @@ if TYPE_CHECKING:
 Acts = Float[Tensor, "n d_sae"]
 Values = Float[Tensor, "nnz"]
 L0s = Float[Tensor, "n"]
-Scan = Callable[[Callable[[Acts], SparseActs | None]], SparseActs | None]
+Places = Int[Tensor, "nnz"]
+Slack = Float[Tensor, "n 1"] | None
+Scan = Callable[
+    [Callable[[Acts, Slack], Places | None], Callable[[SparseActs], SparseActs]], SparseActs | None
+]
+"""See `Search`."""
 HINTS = (0.95, 0.8, 0.0)
 """Shares of the smallest score that BatchTopK kept last. Only scores above the first are compared,
 if they are enough, or else above the next: the fewer, the faster."""
@@ -114,11 +124,11 @@ class JumpReLU:
         """All above `θ - bandwidth / 2`: below it nothing has a gradient."""
         band = dictionary.log_threshold.exp() - self.bandwidth / 2
 
-        def find(pre: Acts) -> SparseActs | None:
+        def find(pre: Acts, slack: Slack) -> Places | None:
             places = places_above(pre, band)
-            return _pairs(pre, places) if len(places) <= DENSE * pre.numel() else None
+            return places if len(places) <= DENSE * pre.numel() else None
 
-        return scan(find)
+        return scan(find, lambda active: _above(active, band))
 
     def paired(
         self, values: Values, active: SparseActs, dictionary: "Dictionary"
@@ -151,13 +161,27 @@ class TopK:
         return torch.zeros_like(pre).scatter(1, indices, pre.gather(1, indices).relu())
 
     def select(self, dictionary: "Dictionary", n: int, scan: Scan) -> SparseActs:
-        return scan(self.largest)
+        return scan(self.find, self.keep)
 
-    def largest(self, pre: Acts) -> SparseActs:
-        indices = largest_of_rows(pre, self.k)
-        offsets = torch.arange(len(pre) + 1, device=pre.device) * self.k
-        values = pre.gather(1, indices).flatten()
-        return SparseActs(indices.flatten(), values, offsets, pre.shape[1])
+    def find(self, pre: Acts, slack: Slack) -> Places:
+        """With no slack the k largest; else those above a bound of the k-th largest, or above 0."""
+        if slack is None:
+            tokens = torch.arange(len(pre), device=pre.device)[:, None]
+            return (tokens * pre.shape[1] + largest_of_rows(pre, self.k).sort().values).flatten()
+        return places_above(pre, (bound_of_largest(pre, self.k)[:, None] - slack).clamp(min=0))
+
+    def keep(self, active: SparseActs) -> SparseActs:
+        """The k largest of each token, of as many or more."""
+        counts = active.offsets.diff()
+        most = int(counts.max()) if len(counts) else 0
+        if most <= self.k:
+            return active
+        ranks = torch.arange(len(active.indices)) - active.offsets[active.rows]
+        padded = active.values.new_full((active.n, most), -math.inf)
+        padded[active.rows, ranks] = active.values
+        kept = largest_of_rows(padded, self.k).sort().values
+        real = kept < counts[:, None]
+        return active.at((active.offsets[:-1, None] + kept)[real])
 
     def paired(
         self, values: Values, active: SparseActs, dictionary: "Dictionary"
@@ -197,17 +221,22 @@ class BatchTopK:
         norms, count = dictionary.code_norms(), n * self.k
         most = count * parallel.world_size()  # as all winners may be in one place
 
-        def find(pre: Acts, bound: Float[Tensor, "d_sae"]) -> SparseActs:
-            found = _pairs(pre, places_above(pre, bound))
+        def keep(active: SparseActs, bound: Float[Tensor, "d_sae"]) -> SparseActs:
+            found = _above(active, bound)
             scores = found.values * norms[found.indices]
             return found.at(largest(scores, most)) if len(scores) > most else found
 
         if not dictionary.smallest:  # in the first batch: what TopK would keep of half the tokens
-            each = scan(TopK(k=self.k).largest)
-            scores = (each.values * norms[each.indices]).view(-1, self.k).amin(1)
-            dictionary.smallest.copy_(parallel.least_(scores.relu().median()))
+            each, every = TopK(k=self.k), norms.new_full((n,), math.inf)
+            each = scan(each.find, each.keep)
+            scores = (each.values * norms[each.indices]).relu()
+            every.scatter_reduce_(0, each.rows, scores, "amin")
+            every[each.offsets.diff() < self.k] = 0
+            dictionary.smallest.copy_(parallel.least_(every.median()))
         for share in HINTS:
-            active = scan(partial(find, bound=share * dictionary.smallest / norms))
+            bound = share * dictionary.smallest / norms
+            find = lambda pre, slack, bound=bound: places_above(pre, bound)  # noqa: E731
+            active = scan(find, partial(keep, bound=bound))
             if parallel.mean_count(len(active.values), norms.device) >= count:
                 break
         scores = active.values * norms[active.indices]
@@ -228,11 +257,9 @@ class BatchTopK:
         return active.with_values(values.relu()), None
 
 
-def _pairs(pre: Acts, places: Int[Tensor, "nnz"]) -> SparseActs:
-    """The entries at `places`, which are counted along the rows; rows ascend."""
-    n, d_sae = pre.shape
-    offsets = starts_of(torch.bincount(places // d_sae, minlength=n))
-    return SparseActs(places % d_sae, pre.take(places), offsets, d_sae)
+def _above(active: SparseActs, bound: Float[Tensor, "d_sae"]) -> SparseActs:
+    """Only the pairs whose values exceed the bound of their latent."""
+    return active.where(active.values > bound[active.indices])
 
 
 Rule = ReLU | Gated | JumpReLU | TopK | BatchTopK

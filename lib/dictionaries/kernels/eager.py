@@ -107,7 +107,7 @@ class _SparseDecode(torch.autograd.Function):
     def backward(ctx, grad):
         values, rows = ctx.saved_tensors
         active, grad = ctx.active, grad.to(rows.dtype).contiguous()
-        d_values = _dots(active, grad, rows).to(values.dtype)
+        d_values = dots_at(active, grad, rows).to(values.dtype)
         return d_values, _weight_gradient(active, values, grad, ctx.dtype, ctx.memory), None, None
 
 
@@ -165,7 +165,7 @@ def _bags(
     return embedding_bag(places, rows, offsets, mode="sum", **options).to(dtype)
 
 
-def _dots(
+def dots_at(
     active: SparseActs, left: Float[Tensor, "n d"], right: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "nnz"]:
     """`(left @ right.T)` at the pairs of `active`."""
@@ -173,5 +173,7 @@ def _dots(
         from lib.dictionaries.kernels.triton_kernels import triton_dots
 
         return triton_dots(left, active.rows, right, active.indices)
-    places = active.indices, active.offsets[:-1], active.rows
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, *places, 0)
+    order, starts = active.by_latent  # rows of `right` are read once, those of `left` from cache
+    places = active.rows[order], starts[:-1], active.indices[order]
+    sorted_dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(right, left, *places, 0)
+    return torch.empty_like(sorted_dots).index_put_((order,), sorted_dots)
