@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lib.dictionaries.config import DictionaryConfig
 from lib.dictionaries.kernels import SparseActs, active_pre_acts, sparse_decode
-from lib.dictionaries.memory import Memory, in_cache
+from lib.dictionaries.memory import Memory, rows_in_cache
 from lib.dictionaries.search import Search, tokens_at_once
 from lib.dictionaries.selection import dots_of_rows
 from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, TopK
@@ -144,7 +144,7 @@ class Dictionary(nn.Module):
     def normalize_decoder_(self) -> None:
         """Divide every decoder row by its norm, if the config asks for unit rows."""
         if self.config.unit_norm_decoder:
-            for rows in in_cache(self.W_dec):
+            for rows in self.W_dec.split(rows_in_cache(self.W_dec)):
                 rows /= rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
     @torch.no_grad()
@@ -154,8 +154,8 @@ class Dictionary(nn.Module):
         grad = self.W_dec.grad
         if grad is None:
             return self.W_dec.new_zeros(())
-        norms = []
-        for part, rows in zip(in_cache(grad), in_cache(self.W_dec), strict=True):
+        norms, size = [], rows_in_cache(grad)
+        for part, rows in zip(grad.split(size), self.W_dec.split(size), strict=True):
             if self.config.unit_norm_decoder:
                 part.addcmul_(dots_of_rows(part, rows)[:, None], rows, value=-1)
             norms.append(torch.linalg.vector_norm(part))

@@ -5,13 +5,14 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-BLOCK = (2**17, 2**27)
-"""Numbers of a matrix that are handled at a time on a CPU, in its cache, and on a GPU."""
+BLOCK = (2**18, 2**27)
+"""Numbers of a matrix that a thread handles at a time on a CPU, in its cache, and a GPU."""
 
 
-def in_cache(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Its rows in blocks: several passes over one read memory once."""
-    return matrix.split(max(1, BLOCK[matrix.is_cuda] // matrix.shape[1]))
+def rows_in_cache(matrix: Tensor) -> int:
+    """How many of its rows are handled at a time: several passes over them read memory once."""
+    threads = 1 if matrix.is_cuda else torch.get_num_threads()
+    return max(1, threads * BLOCK[matrix.is_cuda] // matrix.shape[1])
 
 
 class Memory:

@@ -15,7 +15,7 @@ from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from lib.dictionaries.kernels import SparseActs, dots_at
-from lib.dictionaries.memory import BLOCK, Memory, in_cache
+from lib.dictionaries.memory import BLOCK, Memory, rows_in_cache
 from lib.dictionaries.pairs import starts_of
 from lib.dictionaries.selection import dots_of_rows
 
@@ -150,10 +150,8 @@ class Screen:
         """Rows with room for four numbers more, their norms, and those of what was rounded away."""
         m, d = matrix.shape
         low = self.memory.take(m, d + 4, torch.bfloat16, matrix.device)
-        squares = []
-        for exact, rounded in zip(
-            in_cache(matrix), low.split(len(in_cache(matrix)[0])), strict=True
-        ):
+        squares, size = [], rows_in_cache(matrix)
+        for exact, rounded in zip(matrix.split(size), low.split(size), strict=True):
             rounded[:, :d] = exact
             lost = rounded[:, :d].to(exact.dtype).sub_(exact)
             squares.append(torch.stack([dots_of_rows(exact, exact), dots_of_rows(lost, lost)]))

@@ -91,4 +91,7 @@ def dots_of_rows(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tens
     """The product of each row of `a` with its row of `b`; without a graph."""
     if a.device.type != "cpu" or a.dtype == torch.bfloat16:
         return torch.linalg.vecdot(a.detach(), b.detach())
-    return torch.from_numpy(np.vecdot(a.detach().numpy(), b.detach().numpy()))
+    if torch.get_num_threads() == 1 or not len(a):
+        return torch.from_numpy(np.vecdot(a.detach().numpy(), b.detach().numpy()))
+    each = torch.arange(len(a))  # the same kernel as that of pairs, as numpy has one thread
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, each, each, each, 0)
