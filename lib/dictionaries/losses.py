@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import mse_loss
+from torch.nn.functional import embedding, mse_loss
 
 from lib.dictionaries import parallel
 from lib.dictionaries.dictionary import Dictionary
@@ -211,11 +211,14 @@ class AuxK:
         if not len(p.dead):
             return p.x_hat.new_zeros(())
         error = p.error.detach()
-        pre = (p.x - d.b_in.detach()) @ d.encoder_rows[p.dead].T + d.b_enc[p.dead]
+        encoder, W_dec = (  # whose gradients are added in these rows alone
+            embedding(p.dead, rows, sparse=True) for rows in (d.encoder_rows, d.W_dec)
+        )
+        pre = (p.x - d.b_in.detach()) @ encoder.T + d.b_enc[p.dead]
         k = min(self.k or d.d_in // 2, len(p.dead))
         values, places = pre.topk(k, dim=1, sorted=False)
         codes = torch.zeros_like(pre).scatter(1, places, values.relu())
-        left = (error - codes @ d.W_dec[p.dead]).square().sum()
+        left = (error - codes @ W_dec).square().sum()
         spread = (error - parallel.mean(error.mean(0))).square().sum()
         variance = parallel.mean(spread).clamp(min=1e-12)
         spread = (p.target - parallel.mean(p.target.mean(0))).square().sum(1)

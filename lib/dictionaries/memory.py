@@ -15,6 +15,12 @@ def rows_in_cache(matrix: Tensor) -> int:
     return max(1, threads * BLOCK[matrix.is_cuda] // matrix.shape[1])
 
 
+def product_dtype(matrix: Tensor) -> torch.dtype:
+    """In which its products are taken: autocast's, or its own."""
+    kind = matrix.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else matrix.dtype
+
+
 class Memory:
     """Hands matrices out and takes them back.
 

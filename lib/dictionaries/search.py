@@ -14,9 +14,9 @@ import torch
 from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
-from lib.dictionaries.kernels import SparseActs, dots_at
-from lib.dictionaries.memory import BLOCK, Memory, rows_in_cache
-from lib.dictionaries.pairs import starts_of
+from lib.dictionaries.kernels.eager import dots_at
+from lib.dictionaries.memory import BLOCK, Memory, product_dtype, rows_in_cache
+from lib.dictionaries.pairs import SparseActs, starts_of
 from lib.dictionaries.selection import dots_of_rows
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ Keep = Callable[[SparseActs], SparseActs]
 TOKENS, SCREENED_TOKENS = 256, 512
 """Encoded at a time at least, in float32 and on a screen; with fewer the product is slower."""
 SCREENED = 2**27
-"""Multiplications of a batch from which on a screen is made."""
+"""From here on a screen is made: `d_in (n - 192) (d_sae - 1024)`, as rounding all weights takes as
+long as 192 tokens are faster, and the candidates of a token as long as 1,024 latents."""
 CANDIDATES = 1 / 32
 """Share of a block from which on a product in float32 is faster than one for each candidate."""
 ROUNDING, TINY = 2.0**-8, 1e-30
@@ -41,13 +42,12 @@ class Search:
     def __init__(
         self, dictionary: "Dictionary", x: Float[Tensor, "n d_in"], memory: Memory | None = None
     ) -> None:
-        kind = x.device.type
-        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         self.rows, self.b_enc = dictionary.encoder_rows.detach(), dictionary.b_enc.detach()
-        self.x, self.low = (x - dictionary.b_in).detach(), low
+        self.x, self.low = (x - dictionary.b_in).detach(), product_dtype(x)
         self.memory, self.room = memory or Memory(), None
-        size = x.shape[0] * self.rows.numel()
-        fast = low == torch.float32 and kind == "cpu" and size >= SCREENED and has_amx()
+        gain = x.shape[1] * (len(x) - 192) * (len(self.rows) - 1024)
+        fast = self.low == self.rows.dtype == torch.float32 and x.device.type == "cpu"
+        fast = fast and gain >= SCREENED and has_amx()
         self.screen = Screen(self.x, self.rows, self.b_enc, self.memory) if fast else None
         if self.screen and not self.screen.slack.isfinite().all():
             self.screen = self.screen.close()
@@ -165,9 +165,8 @@ def tokens_at_once(x: Float[Tensor, "n d"], d_sae: int) -> int:
 
 def has_amx() -> bool:
     """Whether products in bfloat16 are those of the CPU's matrix unit."""
-    return torch.backends.mkldnn.is_available() and torch.cpu.get_capabilities().get(
-        "amx_bf16", False
-    )
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # of a recent torch
+    return torch.backends.mkldnn.is_available() and known.get("amx_bf16", False)
 
 
 def _up(numbers: Float[Tensor, "m"]) -> BFloat16[Tensor, "m"]:

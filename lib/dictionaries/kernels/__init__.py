@@ -4,17 +4,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lib.dictionaries.kernels import eager
-from lib.dictionaries.kernels.eager import active_pre_acts, dots_at, sparse_decode, sum_by_latent
+from lib.dictionaries.kernels.eager import active_pre_acts, sparse_decode, sum_by_latent
 from lib.dictionaries.pairs import SparseActs
 
-__all__ = [
-    "SparseActs",
-    "active_pre_acts",
-    "dots_at",
-    "fused_jumprelu",
-    "sparse_decode",
-    "sum_by_latent",
-]
+__all__ = ["SparseActs", "active_pre_acts", "fused_jumprelu", "sparse_decode", "sum_by_latent"]
 
 
 def fused_jumprelu(

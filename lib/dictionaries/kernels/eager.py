@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from lib.dictionaries.memory import Memory
+from lib.dictionaries.memory import Memory, product_dtype
 from lib.dictionaries.pairs import SparseActs
 from lib.dictionaries.selection import true_places
 
@@ -83,8 +83,7 @@ class _ActivePreActs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, encoder, b_in = ctx.saved_tensors
-        active = ctx.active
-        d_b_enc = sum_by_latent(active, grad)
+        active, d_b_enc = ctx.active, sum_by_latent(ctx.active, grad)
         low = (x - b_in).to(active.values.dtype)
         d_encoder = _weight_gradient(active, grad, low, encoder.dtype, ctx.memory)
         tokens = (active.indices, active.offsets, grad, encoder, x.dtype)
@@ -95,9 +94,7 @@ class _ActivePreActs(torch.autograd.Function):
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, W_dec, active, memory):
-        kind = W_dec.device.type
-        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else W_dec.dtype
-        rows = W_dec.to(low)
+        rows = W_dec.to(product_dtype(W_dec))
         ctx.save_for_backward(values, rows)
         ctx.active, ctx.dtype, ctx.memory = active, W_dec.dtype, memory
         return _bags(active.indices, active.offsets, values, rows, W_dec.dtype)
@@ -174,6 +171,6 @@ def dots_at(
 
         return triton_dots(left, active.rows, right, active.indices)
     order, starts = active.by_latent  # rows of `right` are read once, those of `left` from cache
-    places = active.rows[order], starts[:-1], active.indices[order]
-    sorted_dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(right, left, *places, 0)
-    return torch.empty_like(sorted_dots).index_put_((order,), sorted_dots)
+    places = active.rows[order], starts[:-1], active.indices[order], 0
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(right, left, *places)
+    return torch.empty_like(dots).index_put_((order,), dots)
