@@ -104,10 +104,10 @@ class Search:
 class Screen:
     """Upper bounds of the pre-activations `x @ rows.T + b_enc`, by a product in bfloat16.
 
-    With x' and w' rounded, `|x·w - x'·w'| <= |x - x'| |w'| + |x| |w - w'|`. Both terms are a
-    token's number times a latent's, so they are two more dimensions of the product itself; the
-    bias, in two parts, is two more. What rounding took is measured, as it is less than half of what
-    it could be; the order of sums in float32 changes at most a share of each that is added to it.
+    With x' and w' rounded, `|x·w - x'·w'| <= |x - x'| |w'| + |x| |w - w'|`, where rounding takes
+    at most 1 / 256 of the latter. So the error is at most a token's number times the latent's norm,
+    one dimension more of the product itself; the bias, in two parts, is two more. The order of sums
+    in float32 changes at most a share of each, which is added to it.
     """
 
     def __init__(
@@ -117,21 +117,23 @@ class Screen:
         b_enc: Float[Tensor, "d_sae"],
         memory: Memory,
     ) -> None:
-        n, d = x.shape
-        self.memory = memory
-        self.x, of_token, lost_of_token = self._rounded(x)
-        self.rows, of_latent, lost_of_latent = self._rounded(rows)
-        sums = 2 * (d + 4) * torch.finfo(torch.float32).eps
-        lost_of_latent, b_high = lost_of_latent + sums * of_latent, b_enc.bfloat16()
-        b_low = _up(b_enc - b_high + sums * b_enc.abs() + TINY)
-        one = torch.ones(n)
-        torch.stack([_up(lost_of_token), _up(of_token), one, one], 1, out=self.x[:, d:])
-        latents = [_up(of_latent), _up(lost_of_latent), b_high, b_low]
-        torch.stack(latents, 1, out=self.rows[:, d:])
-        widest, high = self.rows[:, d : d + 2].amax(0), (b_high.float() + b_low - b_enc).max()
-        at_once = min(n, max(SCREENED_TOKENS, BLOCK[0] // len(rows)))
-        self.room = memory.take(at_once, len(rows), torch.bfloat16, x.device)
-        self.slack = 2 * (self.x[:, d : d + 2].float() @ widest.float() + high)[:, None]
+        (n, d), d_sae, low = x.shape, len(rows), torch.bfloat16
+        at_once = min(n, max(SCREENED_TOKENS, BLOCK[0] // d_sae))
+        self.memory, self.room = memory, memory.take(at_once, d_sae, low, x.device)
+        self.x, self.rows = (memory.take(m, d + 3, low, x.device) for m in (n, d_sae))
+        sums = 2 * (d + 3) * torch.finfo(x.dtype).eps
+        self.x[:, :d], self.x[:, d + 1 :] = x, 1
+        lost = torch.linalg.vector_norm(self.x[:, :d].to(x.dtype).sub_(x), dim=1)
+        self.x[:, d] = _up(lost + (ROUNDING + sums) * torch.linalg.vector_norm(x, dim=1))
+        norms, size = [], rows_in_cache(rows)
+        for exact, rounded in zip(rows.split(size), self.rows.split(size), strict=True):
+            rounded[:, :d] = exact
+            norms.append(dots_of_rows(exact, exact).sqrt())
+        high = b_enc.to(low)
+        rest = _up(b_enc - high + sums * b_enc.abs() + TINY)
+        torch.stack([_up(torch.cat(norms)), high, rest], 1, out=self.rows[:, d:])
+        widest, excess = self.rows[:, d].max(), (high + rest.to(x.dtype) - b_enc).max()
+        self.slack = 2 * (self.x[:, d].to(x.dtype) * widest + excess)[:, None]
 
     def blocks(self) -> Iterator[tuple[Float[Tensor, "few d_sae"], Float[Tensor, "few 1"]]]:
         """Bounds, rounded to the nearest, and what of them is too much, at most, before that."""
@@ -143,19 +145,6 @@ class Screen:
     def close(self) -> None:
         for matrix in (self.x, self.rows, self.room):
             self.memory.give(matrix)
-
-    def _rounded(
-        self, matrix: Float[Tensor, "m d"]
-    ) -> tuple[BFloat16[Tensor, "m d_plus_4"], Float[Tensor, "m"], Float[Tensor, "m"]]:
-        """Rows with room for four numbers more, their norms, and those of what was rounded away."""
-        m, d = matrix.shape
-        low = self.memory.take(m, d + 4, torch.bfloat16, matrix.device)
-        squares, size = [], rows_in_cache(matrix)
-        for exact, rounded in zip(matrix.split(size), low.split(size), strict=True):
-            rounded[:, :d] = exact
-            lost = rounded[:, :d].to(exact.dtype).sub_(exact)
-            squares.append(torch.stack([dots_of_rows(exact, exact), dots_of_rows(lost, lost)]))
-        return low, *torch.cat(squares, 1).sqrt()
 
 
 def tokens_at_once(x: Float[Tensor, "n d"], d_sae: int) -> int:
