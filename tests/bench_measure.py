@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lib.dictionaries.memory import BLOCK
-from lib.dictionaries.search import TOKENS
+from lib.dictionaries.search import TOKENS, has_amx
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3
@@ -176,35 +176,50 @@ class Floor:
     Adam reads weight, gradient and two moments and writes all but the gradient: 7 float32 for
     each parameter of both matrices. On a GPU, whose product is fast, also three gathers of n·k
     rows in bfloat16: decoder rows for the reconstruction and again for the gradient of the
-    activations, and one for the gradients of both matrices.
+    activations, and one for the gradients of both matrices. On a CPU that multiplies bfloat16 fast
+    a second floor has the product in bfloat16, as a screen takes it.
     """
 
     def __init__(self, setup: Setup, x: Tensor, rows: Tensor) -> None:
         dtype = torch.bfloat16 if setup.dtype == "bfloat16" else torch.float32
         self.setup, self.x, self.rows = setup, x.to(dtype), rows.to(dtype)
+        self.screened = not setup.cuda and has_amx()
         self.out = torch.empty(len(x), setup.d_sae, dtype=dtype, device=setup.device)
         size = COPIED["cuda" if setup.cuda else "cpu"]
         self.source = torch.zeros(size, dtype=torch.uint8, device=setup.device)
         self.copy = torch.empty_like(self.source)
         self.gemm_seconds: list[float] = []
+        self.low_gemm_seconds: list[float] = []
         self.copy_seconds: list[float] = []
 
     def sample(self) -> None:
         """Time the product and a large copy once."""
-        gemm = lambda: torch.mm(self.x, self.rows.T, out=self.out)  # noqa: E731
-        self.gemm_seconds.append(seconds(gemm, self.setup.cuda))
+        operands = self.x, self.rows, self.out
+        self.gemm_seconds.append(self._product(*operands))
+        if self.screened:
+            low = self._product(*(matrix.bfloat16() for matrix in operands))
+            self.low_gemm_seconds.append(low)
         self.copy_seconds.append(seconds(lambda: self.copy.copy_(self.source), self.setup.cuda))
 
+    def _product(self, x: Tensor, rows: Tensor, out: Tensor) -> float:
+        return seconds(lambda: torch.mm(x, rows.T, out=out), self.setup.cuda)
+
     def result(self) -> dict[str, float]:
-        gemm = 1000 * statistics.median(self.gemm_seconds[WARM_UP:])
+        gemm, low = (
+            1000 * statistics.median(found[WARM_UP:] or [0.0])
+            for found in (self.gemm_seconds, self.low_gemm_seconds)
+        )
         bandwidth = 2 * self.source.numel() / statistics.median(self.copy_seconds[WARM_UP:])
         moved = adam_bytes(self.setup) + gather_bytes(self.setup)
+        rest = 1000 * moved / bandwidth
+        screened = {"low_gemm_ms": low, "low_ms": low + rest} if self.screened else {}
         return {
             "gemm_ms": gemm,
             "bandwidth_gb_s": bandwidth / 1e9,
             "adam_bytes": adam_bytes(self.setup),
             "gather_bytes": gather_bytes(self.setup),
-            "ms": gemm + 1000 * moved / bandwidth,
+            "ms": gemm + rest,
+            **screened,
         }
 
 
@@ -217,12 +232,12 @@ def gather_bytes(setup: Setup) -> int:
 
 
 def predicted_mb(setup: Setup) -> float:
-    """Ours: weights, gradients and two moments in float32, and one block of pre-activations; in
-    bfloat16 also that of the weights: the encoder's while it encodes, the decoder's from then on.
+    """Ours: weights, gradients and two moments in float32, and one block of pre-activations. In
+    bfloat16, or with a screen, also the encoder in bfloat16; the decoder follows when it is gone.
     """
-    low = setup.dtype == "bfloat16"
+    low = setup.dtype == "bfloat16" or (not setup.cuda and has_amx())
     tokens = min(setup.batch, max(TOKENS, BLOCK[setup.cuda] // setup.d_sae))
-    block = (2 if low else 4) * tokens * setup.d_sae
+    block = (2 if setup.dtype == "bfloat16" else 4) * tokens * setup.d_sae
     return (16 * setup.n_parameters + block + 2 * low * setup.d * setup.d_sae) / 1e6
 
 

@@ -93,7 +93,7 @@ class errors_in:
         pass
 
     def __exit__(self, kind, error, trace) -> bool:
-        if not isinstance(error, Exception) or self.name == "lib":
+        if not isinstance(error, Exception) or self.name.startswith("lib"):
             return False
         self.row["error"] = f"{kind.__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         traceback.print_exception(error, file=sys.stderr)
@@ -146,7 +146,7 @@ def best_peer(result: dict, key: str, stand_ins: bool = False) -> float | None:
     values = [
         row[key]
         for name, row in result["libraries"].items()
-        if name != "lib" and row.get(key) is not None
+        if not name.startswith("lib") and row.get(key) is not None
         and (stand_ins or not (name == "sparsify" and result["rule"] != "topk"))
     ]  # fmt: skip
     return min(values, default=None)
@@ -206,9 +206,12 @@ def table(result: dict) -> str:
                      f"BatchTopK: {result['ratio_with_stand_ins']:.2f}")  # fmt: skip
     lines.append(f"{'floor':22}{floor['ms']:9.1f}  product {floor['gemm_ms']:.1f} ms, the rest at "
                  f"{floor['bandwidth_gb_s']:.1f} GB/s")  # fmt: skip
+    if "low_ms" in floor:
+        lines.append(f"{'floor with a screen':22}{floor['low_ms']:9.1f}  product in bfloat16 "
+                     f"{floor['low_gemm_ms']:.1f} ms")  # fmt: skip
     if "predicted_mb" in result:
-        lines.append(f"{'lib, predicted':22}{result['predicted_mb']:33.0f}  16 bytes a parameter + "
-                     "a block of pre-activations; beyond: O(n·k + n·d)")  # fmt: skip
+        lines.append(f"{'lib, predicted':22}{result['predicted_mb']:33.0f}  16 bytes a parameter, "
+                     "a block of pre-activations, W_enc rounded; O(n·k + n·d)")  # fmt: skip
     return "\n".join(lines)
 
 
