@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lib.dictionaries.memory import BLOCK
-from lib.dictionaries.search import TOKENS, has_amx
+from lib.dictionaries.search import TOKENS, has_amx, worth_a_screen
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3
@@ -235,7 +235,8 @@ def predicted_mb(setup: Setup) -> float:
     """Ours: weights, gradients and two moments in float32, and one block of pre-activations. In
     bfloat16, or with a screen, also the encoder in bfloat16; the decoder follows when it is gone.
     """
-    low = setup.dtype == "bfloat16" or (not setup.cuda and has_amx())
+    screen = not setup.cuda and worth_a_screen(setup.batch, setup.d, setup.d_sae)
+    low = setup.dtype == "bfloat16" or screen
     tokens = min(setup.batch, max(TOKENS, BLOCK[setup.cuda] // setup.d_sae))
     block = (2 if setup.dtype == "bfloat16" else 4) * tokens * setup.d_sae
     return (16 * setup.n_parameters + block + 2 * low * setup.d * setup.d_sae) / 1e6

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 BLOCK = (2**18, 2**27)
-"""Numbers of a matrix that a thread handles at a time on a CPU, in its cache, and a GPU."""
+"""Numbers of a matrix that are handled at a time: in a CPU's cache, and on a GPU."""
 
 
 def rows_in_cache(matrix: Tensor) -> int:
-    """How many of its rows are handled at a time: several passes over them read memory once."""
+    """How many of its rows fit all threads' caches: several passes over them read memory once."""
     threads = 1 if matrix.is_cuda else torch.get_num_threads()
     return max(1, threads * BLOCK[matrix.is_cuda] // matrix.shape[1])
 

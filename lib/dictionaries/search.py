@@ -1,10 +1,10 @@
 """The pairs that may be active, found without the whole matrix of pre-activations.
 
 Of that matrix a block of tokens exists at a time. On a CPU whose matrix unit multiplies bfloat16
-seven times as fast as float32 (AMX) the block is a *screen*: an upper bound of every
-pre-activation, from rounded activations and weights. What exceeds its bound on the screen, half as
-much again as what is kept, is computed in float32. So nothing is lost by the rounding: the pairs
-are those, with the values, of a product in float32.
+five to seven times as fast as float32 (AMX) the block is a *screen*: an upper bound of every
+pre-activation, from rounded activations and weights. What may be active by these bounds, about
+twice as many pairs as are kept, is computed in float32. So nothing is lost by the rounding: what is
+found is what a product in float32 would have shown, but for the order of its sums.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,18 +22,20 @@ from lib.dictionaries.selection import dots_of_rows
 if TYPE_CHECKING:
     from lib.dictionaries.dictionary import Dictionary
 
+Places = Int[Tensor, "nnz"]
 Slack = Float[Tensor, "n 1"] | None
-Find = Callable[[Float[Tensor, "n d_sae"], Slack], Int[Tensor, "nnz"] | None]
+Find = Callable[[Float[Tensor, "n d_sae"], Slack], Places | None]
 Keep = Callable[[SparseActs], SparseActs]
 TOKENS, SCREENED_TOKENS = 256, 512
 """Encoded at a time at least, in float32 and on a screen; with fewer the product is slower."""
 SCREENED = 2**27
-"""From here on a screen is made: `d_in (n - 192) (d_sae - 1024)`, as rounding all weights takes as
-long as 192 tokens are faster, and the candidates of a token as long as 1,024 latents."""
+"""From how large a gain on a screen is made, see `worth_a_screen`."""
 CANDIDATES = 1 / 32
 """Share of a block from which on a product in float32 is faster than one for each candidate."""
-ROUNDING, TINY = 2.0**-8, 1e-30
-"""What rounding to bfloat16 takes at most, as a share; far above what counts as zero in it."""
+ROUNDING = 2.0**-8
+"""What rounding to bfloat16 takes at most, as a share."""
+TINY = 2e-19
+"""What is smaller has a square that float32 may call 0."""
 
 
 class Search:
@@ -45,12 +47,15 @@ class Search:
         self.rows, self.b_enc = dictionary.encoder_rows.detach(), dictionary.b_enc.detach()
         self.x, self.low = (x - dictionary.b_in).detach(), product_dtype(x)
         self.memory, self.room = memory or Memory(), None
-        gain = x.shape[1] * (len(x) - 192) * (len(self.rows) - 1024)
-        fast = self.low == self.rows.dtype == torch.float32 and x.device.type == "cpu"
-        fast = fast and gain >= SCREENED and has_amx()
-        self.screen = Screen(self.x, self.rows, self.b_enc, self.memory) if fast else None
-        if self.screen and not self.screen.slack.isfinite().all():
-            self.screen = self.screen.close()
+        self.screen = None
+        few = 3 * getattr(dictionary.config.rule, "k", 0) <= CANDIDATES * len(self.rows)
+        float32 = self.low == self.rows.dtype == torch.float32 and x.device.type == "cpu"
+        if float32 and few and worth_a_screen(*x.shape, len(self.rows)):
+            screen = Screen(self.x, self.rows, self.b_enc, self.memory)
+            if screen.slack.isfinite().all():
+                self.screen = screen
+            else:
+                screen.close()
 
     def __enter__(self) -> "Search":
         return self
@@ -62,17 +67,19 @@ class Search:
 
     @torch.no_grad()
     def __call__(self, find: Find, keep: Keep) -> SparseActs | None:
-        """What `keep` leaves of the candidates that `find` finds in each block of tokens.
+        """What `find` finds in the pre-activations; None as soon as it gives None.
 
-        `find` is given pre-activations, or upper bounds of them and by how much, at most, each
-        token's are too high; it gives places along the rows, ascending, with all that `keep` may
-        want among them, or None, which ends the search. `keep` is given exact values.
+        It is given a block of them and no slack, and gives places along the rows, which ascend from
+        row to row. Or, on a screen, it is given upper bounds and, for each token, by how much they
+        may be too high; then it gives candidates, and `keep` what is left of all of them once their
+        values are known.
         """
         if self.screen:
             candidates = self._candidates(find)
             if candidates is not None:
                 return keep(candidates)
-            self.screen = self.screen.close()  # for good: too many have much the same size
+            self.screen.close()
+            self.screen = None  # for this batch: too many have much the same size
         if self.room is None:
             self.rows, self.b_enc = self.rows.to(self.low), self.b_enc.to(self.low)
             size = min(len(self.x), tokens_at_once(self.x, len(self.rows)))
@@ -84,11 +91,11 @@ class Search:
                 places = find(pre, None)
                 if places is None:
                     return None
-                found.append(keep(_pairs(places, len(x), len(self.rows), pre.take(places))))
+                found.append(_pairs(places, len(x), len(self.rows), pre.take(places)))
         return SparseActs.joined(found)
 
     def _candidates(self, find: Find) -> SparseActs | None:
-        """With exact values; None if too many."""
+        """On the screen, with their values in float32; None if there are too many."""
         found, d_sae = [], len(self.rows)
         for bounds, slack in self.screen.blocks():
             places = find(bounds, slack)
@@ -104,10 +111,10 @@ class Search:
 class Screen:
     """Upper bounds of the pre-activations `x @ rows.T + b_enc`, by a product in bfloat16.
 
-    With x' and w' rounded, `|x·w - x'·w'| <= |x - x'| |w'| + |x| |w - w'|`, where rounding takes
-    at most 1 / 256 of the latter. So the error is at most a token's number times the latent's norm,
-    one dimension more of the product itself; the bias, in two parts, is two more. The order of sums
-    in float32 changes at most a share of each, which is added to it.
+    With x' and w' rounded, `|x·w - x'·w'| <= |x - x'| |w'| + |x| |w - w'|`, and rounding takes at
+    most 1 / 256 of |w|. So the error is at most `|x - x'| + |x| / 256`, a number for each token,
+    times the latent's norm: one column more of both factors. The bias, in two parts, is two more.
+    What float32 may lose in sums, `sums` of each number, is added to them.
     """
 
     def __init__(
@@ -123,20 +130,21 @@ class Screen:
         self.x, self.rows = (memory.take(m, d + 3, low, x.device) for m in (n, d_sae))
         sums = 2 * (d + 3) * torch.finfo(x.dtype).eps
         self.x[:, :d], self.x[:, d + 1 :] = x, 1
-        lost = torch.linalg.vector_norm(self.x[:, :d].to(x.dtype).sub_(x), dim=1)
-        self.x[:, d] = _up(lost + (ROUNDING + sums) * torch.linalg.vector_norm(x, dim=1))
+        lost = self.x[:, :d].to(x.dtype).sub_(x)
+        self.x[:, d] = _up(_norms(lost) + (ROUNDING + sums) * _norms(x))
         norms, size = [], rows_in_cache(rows)
         for exact, rounded in zip(rows.split(size), self.rows.split(size), strict=True):
             rounded[:, :d] = exact
-            norms.append(dots_of_rows(exact, exact).sqrt())
+            norms.append(_norms(exact))
         high = b_enc.to(low)
         rest = _up(b_enc - high + sums * b_enc.abs() + TINY)
         torch.stack([_up(torch.cat(norms)), high, rest], 1, out=self.rows[:, d:])
         widest, excess = self.rows[:, d].max(), (high + rest.to(x.dtype) - b_enc).max()
+        # what was added to the product, and what it may have been too high without that
         self.slack = 2 * (self.x[:, d].to(x.dtype) * widest + excess)[:, None]
 
     def blocks(self) -> Iterator[tuple[Float[Tensor, "few d_sae"], Float[Tensor, "few 1"]]]:
-        """Bounds, rounded to the nearest, and what of them is too much, at most, before that."""
+        """Bounds, rounded to the nearest, and by how much they may be too high before that."""
         for x, slack in zip(
             self.x.split(len(self.room)), self.slack.split(len(self.room)), strict=True
         ):
@@ -152,10 +160,21 @@ def tokens_at_once(x: Float[Tensor, "n d"], d_sae: int) -> int:
     return max(TOKENS, BLOCK[x.is_cuda] // d_sae)
 
 
+def worth_a_screen(n: int, d_in: int, d_sae: int) -> bool:
+    """Whether it is faster: rounding the weights costs what it gains with 192 tokens, and a token's
+    candidates cost what it gains with 1,024 latents (at k 32, on one thread of a Xeon)."""
+    return d_in * max(0, n - 192) * max(0, d_sae - 1024) >= SCREENED and has_amx()
+
+
 def has_amx() -> bool:
     """Whether products in bfloat16 are those of the CPU's matrix unit."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # of a recent torch
     return torch.backends.mkldnn.is_available() and known.get("amx_bf16", False)
+
+
+def _norms(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m"]:
+    """Not below the true ones, but for rounding."""
+    return dots_of_rows(rows, rows).sqrt() + TINY * rows.shape[1] ** 0.5
 
 
 def _up(numbers: Float[Tensor, "m"]) -> BFloat16[Tensor, "m"]:

@@ -67,7 +67,7 @@ def places_above(
     if matrix.dtype != torch.bfloat16:
         return true_places(matrix > bound)
     bound = bound.bfloat16()
-    if matrix.device.type != "cpu" or (bound < 0).any():
+    if matrix.device.type != "cpu" or bound.signbit().any():
         return true_places(matrix >= bound)
     return torch.from_numpy(np.flatnonzero(np.greater_equal(_bits(matrix), _bits(bound))))
 
@@ -87,11 +87,27 @@ def largest(values: Float[Tensor, "m"], count: int) -> Int[Tensor, "count"]:
     return torch.from_numpy(np.sort(places))
 
 
+def largest_of_runs(
+    values: Float[Tensor, "nnz"], offsets: Int[Tensor, "n_plus_1"], k: int
+) -> Int[Tensor, "few"]:
+    """Places of the k largest values (all, where there are fewer) of each run, ascending.
+
+    Run i is from `offsets[i]` to `offsets[i + 1]`; on a CPU.
+    """
+    starts, n = offsets.numpy(), len(offsets) - 1
+    runs = np.repeat(np.arange(n, dtype=np.min_scalar_type(n)), np.diff(starts))
+    order = np.argsort(-values.numpy())
+    order = order[np.argsort(runs[order], kind="stable")]  # of 16 bits, by their digits
+    ranks = np.arange(len(order)) - starts[runs]
+    return torch.from_numpy(np.sort(order[ranks < k]))
+
+
 def dots_of_rows(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
     """The product of each row of `a` with its row of `b`; without a graph."""
+    a, b = a.detach(), b.detach()
     if a.device.type != "cpu" or a.dtype == torch.bfloat16:
-        return torch.linalg.vecdot(a.detach(), b.detach())
+        return torch.linalg.vecdot(a, b)
     if torch.get_num_threads() == 1 or not len(a):
-        return torch.from_numpy(np.vecdot(a.detach().numpy(), b.detach().numpy()))
+        return torch.from_numpy(np.vecdot(a.numpy(), b.numpy()))
     each = torch.arange(len(a))  # the same kernel as that of pairs, as numpy has one thread
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, each, each, each, 0)

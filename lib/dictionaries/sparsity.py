@@ -10,22 +10,23 @@ Both give, beside the latents, the number of active ones of each token if it has
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lib.dictionaries import parallel
 from lib.dictionaries.kernels import fused_jumprelu, sum_by_latent
 from lib.dictionaries.pairs import SparseActs
+from lib.dictionaries.search import Places, Search, Slack
 from lib.dictionaries.selection import (
     bound_of_largest,
     largest,
     largest_of_rows,
+    largest_of_runs,
     places_above,
 )
 
@@ -35,12 +36,6 @@ if TYPE_CHECKING:
 Acts = Float[Tensor, "n d_sae"]
 Values = Float[Tensor, "nnz"]
 L0s = Float[Tensor, "n"]
-Places = Int[Tensor, "nnz"]
-Slack = Float[Tensor, "n 1"] | None
-Scan = Callable[
-    [Callable[[Acts, Slack], Places | None], Callable[[SparseActs], SparseActs]], SparseActs | None
-]
-"""See `Search`."""
 HINTS = (0.95, 0.8, 0.0)
 """Shares of the smallest score that BatchTopK kept last. Only scores above the first are compared,
 if they are enough, or else above the next: the fewer, the faster."""
@@ -120,7 +115,7 @@ class JumpReLU:
         acts, l0, _ = fused_jumprelu(pre, dictionary.log_threshold, bandwidth)
         return acts, l0
 
-    def select(self, dictionary: "Dictionary", n: int, scan: Scan) -> SparseActs | None:
+    def select(self, dictionary: "Dictionary", n: int, scan: Search) -> SparseActs | None:
         """All above `θ - bandwidth / 2`: below it nothing has a gradient."""
         band = dictionary.log_threshold.exp() - self.bandwidth / 2
 
@@ -128,7 +123,7 @@ class JumpReLU:
             places = places_above(pre, band)
             return places if len(places) <= DENSE * pre.numel() else None
 
-        return scan(find, lambda active: _above(active, band))
+        return scan(find, partial(_above, bound=band))
 
     def paired(
         self, values: Values, active: SparseActs, dictionary: "Dictionary"
@@ -160,28 +155,18 @@ class TopK:
         indices = largest_of_rows(pre.detach(), self.k)
         return torch.zeros_like(pre).scatter(1, indices, pre.gather(1, indices).relu())
 
-    def select(self, dictionary: "Dictionary", n: int, scan: Scan) -> SparseActs:
+    def select(self, dictionary: "Dictionary", n: int, scan: Search) -> SparseActs:
         return scan(self.find, self.keep)
 
     def find(self, pre: Acts, slack: Slack) -> Places:
-        """With no slack the k largest; else those above a bound of the k-th largest, or above 0."""
+        """The k largest; on a screen those above a bound of the k-th largest, and above 0."""
         if slack is None:
             tokens = torch.arange(len(pre), device=pre.device)[:, None]
-            return (tokens * pre.shape[1] + largest_of_rows(pre, self.k).sort().values).flatten()
+            return (tokens * pre.shape[1] + largest_of_rows(pre, self.k)).flatten()
         return places_above(pre, (bound_of_largest(pre, self.k)[:, None] - slack).clamp(min=0))
 
     def keep(self, active: SparseActs) -> SparseActs:
-        """The k largest of each token, of as many or more."""
-        counts = active.offsets.diff()
-        most = int(counts.max()) if len(counts) else 0
-        if most <= self.k:
-            return active
-        ranks = torch.arange(len(active.indices)) - active.offsets[active.rows]
-        padded = active.values.new_full((active.n, most), -math.inf)
-        padded[active.rows, ranks] = active.values
-        kept = largest_of_rows(padded, self.k).sort().values
-        real = kept < counts[:, None]
-        return active.at((active.offsets[:-1, None] + kept)[real])
+        return active.at(largest_of_runs(active.values, active.offsets, self.k))
 
     def paired(
         self, values: Values, active: SparseActs, dictionary: "Dictionary"
@@ -217,26 +202,25 @@ class BatchTopK:
     def acts(self, pre: Acts, dictionary: "Dictionary") -> Acts:
         return torch.where(pre * dictionary.code_norms() > dictionary.threshold, pre, 0).relu()
 
-    def select(self, dictionary: "Dictionary", n: int, scan: Scan) -> SparseActs:
+    def select(self, dictionary: "Dictionary", n: int, scan: Search) -> SparseActs:
         norms, count = dictionary.code_norms(), n * self.k
         most = count * parallel.world_size()  # as all winners may be in one place
 
-        def keep(active: SparseActs, bound: Float[Tensor, "d_sae"]) -> SparseActs:
-            found = _above(active, bound)
-            scores = found.values * norms[found.indices]
-            return found.at(largest(scores, most)) if len(scores) > most else found
+        def find(pre: Acts, slack: Slack, bound: Float[Tensor, "d_sae"]) -> Places:
+            places = places_above(pre, bound)
+            if slack is not None or len(places) <= most:
+                return places
+            return places[largest(pre.take(places) * norms[places % len(norms)], most)]
 
         if not dictionary.smallest:  # in the first batch: what TopK would keep of half the tokens
-            each, every = TopK(k=self.k), norms.new_full((n,), math.inf)
-            each = scan(each.find, each.keep)
+            each = TopK(k=self.k).select(dictionary, n, scan)
             scores = (each.values * norms[each.indices]).relu()
-            every.scatter_reduce_(0, each.rows, scores, "amin")
-            every[each.offsets.diff() < self.k] = 0
-            dictionary.smallest.copy_(parallel.least_(every.median()))
+            least = norms.new_full((n,), math.inf).scatter_reduce(0, each.rows, scores, "amin")
+            least[each.offsets.diff() < self.k] = 0
+            dictionary.smallest.copy_(parallel.least_(least.median()))
         for share in HINTS:
             bound = share * dictionary.smallest / norms
-            find = lambda pre, slack, bound=bound: places_above(pre, bound)  # noqa: E731
-            active = scan(find, partial(keep, bound=bound))
+            active = scan(partial(find, bound=bound), partial(_above, bound=bound))
             if parallel.mean_count(len(active.values), norms.device) >= count:
                 break
         scores = active.values * norms[active.indices]

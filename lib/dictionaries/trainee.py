@@ -66,6 +66,9 @@ class Trainee:
         if not value.isfinite():
             raise FloatingPointError(f"loss is {value.item()} at step {step}")
         (loss / parallel.world_size()).backward()
+        for parameter in d.parameters():
+            if parameter.grad is not None and parameter.grad.is_sparse:  # of AuxK alone
+                parameter.grad = parameter.grad.to_dense()
         parallel.sum_gradients_(d.parameters())
         decoder = d.project_decoder_grad_()
         others = [p.grad for p in d.parameters() if p is not d.W_dec and p.grad is not None]
