@@ -14,6 +14,7 @@ import torch
 from lib.activations.buffer import Buffer
 from lib.dictionaries import FitConfig, fit, parallel, recipes
 from tests.fit_worker import OFTEN, Planted, stream
+from tests.small_fits import screening
 
 N_STEPS = 24
 RECIPES = {
@@ -70,6 +71,12 @@ def trained(batches, names=(), **options) -> dict:
     weights = {name: result.dictionary.state_dict() for name, result in fitted.items()}
     history = {name: result.history for name, result in fitted.items()}
     return {"losses": losses, "weights": weights, "history": history}
+
+
+def screened(batches) -> dict:
+    """Of the two that find pairs in their own ways, with upper bounds of the pre-activations."""
+    with screening() as scans:
+        return trained(batches, ["topk", "batchtopk"]) | {"scans": set(scans)}
 
 
 def failed(batches, **options) -> tuple[str, str]:
@@ -155,6 +162,7 @@ def main(folder: Path) -> None:
         "world": (rank, parallel.world_size()),
         "recipes": trained(parallel.shard(stream())),
         "per_dim": trained(parallel.shard(stream()), ["topk"], changes={"normalize": "per_dim"}),
+        "screened": screened(parallel.shard(stream())),
         "quotas": quotas(25),
     }
     own = folder / f"of-rank-{rank}"  # what a rank writes on its own would be found there

@@ -1,17 +1,24 @@
 """Small trainings on planted activations, for tests of what makes training fast."""
 
+import contextlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 
 from lib.activations.buffer import Buffer
-from lib.dictionaries import Dictionary, FitConfig, dictionary, recipes
+from lib.dictionaries import Dictionary, FitConfig, fit, memory, recipes, search
 from lib.dictionaries.kernels import SparseActs
 from lib.dictionaries.losses import Reconstruction
 from lib.dictionaries.memory import Memory
+from lib.dictionaries.search import Search
 from lib.dictionaries.trainee import Trainee
+from tests import fit_worker
 from tests.fit_worker import Planted
 
 CPU = torch.device("cpu")
@@ -70,8 +77,60 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 def in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pre-activations of 16 tokens at a time, other matrices row by row."""
-    monkeypatch.setattr(dictionary, "TOKENS", 16)
-    monkeypatch.setattr(dictionary, "BLOCK", (1, 1))
+    for name in ("TOKENS", "SCREENED_TOKENS"):
+        monkeypatch.setattr(search, name, 16)
+    for module in (search, memory):
+        monkeypatch.setattr(module, "BLOCK", (1, 1))
+
+
+@contextlib.contextmanager
+def screening(on: bool = True, candidates: float = 1.0) -> Iterator[list[bool]]:
+    """Pre-activations of any size are screened, on any CPU, unless more than this share of them are
+    candidates; or none. Gives whether each scan of a screen was enough."""
+    scans, find_candidates = [], Search._candidates
+
+    def recorded(self: Search, find: search.Find) -> SparseActs | None:
+        found = find_candidates(self, find)
+        scans.append(found is not None)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "has_amx", lambda: on)
+        patch.setattr(search, "SCREENED", -math.inf)
+        patch.setattr(search, "CANDIDATES", candidates)
+        patch.setattr(Search, "_candidates", recorded)
+        yield scans
+
+
+def stopped_and_resumed(folder: Path, config: FitConfig) -> None:
+    """Weights and history of a run stopped at steps 3 and 9 are those of one that was not."""
+    names = ("topk", "batchtopk", "jumprelu")
+    plans = {n: (SPARSE[n].dictionary(site_dims=(16,), d_sae=64), SPARSE[n]) for n in names}
+    plans["resample"] = fit_worker.plans()["resample"]
+    go = partial(fit, plans, config=config, progress=False)
+    batches = planted(config.n_steps)
+    whole = go(batches, folder=folder / "whole")
+    for stop in (3, 9):
+        with pytest.raises(ValueError, match=f"ended at step {stop}"):
+            go(batches[:stop], folder=folder / "cut", resume=True)
+    cut = go(batches, folder=folder / "cut", resume=True)
+    for name in plans:
+        assert cut[name].history == whole[name].history
+        same(cut[name].dictionary.state_dict(), whole[name].dictionary.state_dict())
+
+
+def below(numbers: torch.Tensor) -> torch.Tensor:
+    """A float32 just below each."""
+    down = torch.tensor(-torch.inf)
+    return numbers.float().nextafter(down).nextafter(down)
+
+
+def marked(places: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Where they are in it; they are checked to ascend."""
+    assert (places.diff() > 0).all()
+    mask = torch.zeros(matrix.numel(), dtype=torch.bool)
+    mask[places] = True
+    return mask.view(matrix.shape)
 
 
 @dataclass(frozen=True)

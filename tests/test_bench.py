@@ -12,7 +12,8 @@ import torch
 from lib.display.speed import training_speed
 from tests import bench_measure, bench_peers, bench_training
 from tests.bench_measure import Floor, Setup, Start, adam_bytes, gather_bytes, planted
-from tests.bench_peers import LIBRARIES, Ours
+from tests.bench_peers import LIBRARIES, Ours, OursInFloat32
+from tests.small_fits import screening
 
 FASTER, FLOOR = "times as fast as the fastest peer", "times the floor"
 MEMORY = "MB at the peak, below every peer's"
@@ -101,8 +102,29 @@ def test_another_rule_is_no_peer_but_counts_for_memory():
     assert bench_training.best_peer(result, "ms", stand_ins=True) == 250
 
 
-def test_floor_counts_bytes(monkeypatch):
+def test_ours_without_a_screen_is_no_peer_and_runs_where_there_would_be_one(monkeypatch):
+    libraries = made_up()["libraries"]
+    slow = libraries | {"lib, float32": libraries["lib"] | {"ms": 1.0, "fvu": 0.1, "peak_mb": 1.0}}
+    assert verdicts(made_up(libraries=slow)) == [True] * 5
+    for amx in (True, False):
+        monkeypatch.setattr(bench_peers.search, "has_amx", lambda amx=amx: amx)
+        assert ("lib, float32" in bench_peers.racing(SETUP)) == amx
+        assert "lib, float32" not in bench_peers.racing(replace(SETUP, device="cuda"))
+    batches = planted(SETUP, 3)
+    both = [make(SETUP, Start.of(SETUP, batches[0])) for make in (Ours, OursInFloat32)]
+    with screening() as scans:
+        both[0].step(batches[0])
+        assert scans == [True]
+        both[1].step(batches[0])
+        assert scans == [True]
+    first, second = (runner.reconstruct(batches[2])[0] for runner in both)
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_floor_counts_bytes(amx, monkeypatch):
     monkeypatch.setitem(bench_measure.COPIED, "cpu", 2**16)
+    monkeypatch.setattr(bench_measure, "has_amx", lambda: amx)
     assert adam_bytes(SETUP) == 7 * 4 * 2 * 16 * 64
     assert gather_bytes(SETUP) == 0
     assert gather_bytes(replace(SETUP, device="cuda")) == 3 * 2 * 32 * 4 * 16
@@ -115,15 +137,22 @@ def test_floor_counts_bytes(monkeypatch):
     bandwidth = 2 * floor.source.numel() / 2
     result = floor.result()
     assert result["gemm_ms"] == pytest.approx(2)
-    assert result["ms"] == pytest.approx(2 + 1000 * adam_bytes(SETUP) / bandwidth)
+    rest = 1000 * adam_bytes(SETUP) / bandwidth
+    assert result["ms"] == pytest.approx(2 + rest)
+    assert len(floor.low_gemm_seconds) == amx
+    if amx:
+        floor.low_gemm_seconds = [9, 9, 9, 1e-4, 3e-4, 5e-4]
+        assert floor.result()["low_ms"] == pytest.approx(0.3 + rest)
 
 
 def test_memory_formula_and_measure():
     start = Start.of(SETUP, planted(SETUP, 1)[0])
     parameters = sum(p.numel() for p in Ours(SETUP, start).trainee.dictionary.parameters())
     assert SETUP.n_parameters == parameters
-    expected = (4 * 4 * parameters + 4 * 32 * 64) / 1e6
-    assert bench_measure.predicted_mb(SETUP) == pytest.approx(expected)
+    expected = 4 * 4 * parameters + 4 * 32 * 64
+    assert bench_measure.predicted_mb(SETUP) == pytest.approx(expected / 1e6)
+    with screening():
+        assert bench_measure.predicted_mb(SETUP) == pytest.approx((expected + 2 * 16 * 64) / 1e6)
     if sys.platform == "linux":
         kept = []  # 64 MB that stay and 128 MB that go
         step = lambda: torch.ones(32 * 10**6).sum()  # noqa: E731
@@ -171,7 +200,7 @@ def here(name):
         )
         for kind, setup in SETUPS.items()
         for name in bench_peers.racing(setup)
-        if name != "lib"
+        if not name.startswith("lib")
     ],
 )
 def test_peers_start_where_we_do_and_train(kind, name):

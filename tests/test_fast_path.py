@@ -10,7 +10,8 @@ from lib import paths
 from lib.activations.harvest import HarvestConfig, Harvester
 from lib.activations.normalize import Normalizer
 from lib.data.corpus import load_corpus
-from lib.dictionaries import Dictionary, FitConfig, dictionary, fit, recipes
+from lib.dictionaries import Dictionary, FitConfig, fit, memory, recipes
+from lib.dictionaries.losses import AuxK, Pass, Reconstruction
 from lib.models.load import load_model
 from tests.small_fits import SPARSE, fvu_of, planted, trainee, watched
 
@@ -177,7 +178,7 @@ def test_clipping_is_that_of_clip_grad_norm(name, grad_clip, shape, monkeypatch)
 @pytest.mark.parametrize("block", [1, 7 * 16, 2**17])
 def test_the_projected_gradient_and_its_norm(unit, block, monkeypatch):
     """Row by row, in blocks of 7 rows of 64 (the last is a single one), and all at once."""
-    monkeypatch.setattr(dictionary, "BLOCK", (block, block))
+    monkeypatch.setattr(memory, "BLOCK", (block, block))
     config = SPARSE["topk"].dictionary(site_dims=(16,), d_sae=64, unit_norm_decoder=unit)
     d = Dictionary(config)
     assert d.project_decoder_grad_() == 0
@@ -191,3 +192,21 @@ def test_the_projected_gradient_and_its_norm(unit, block, monkeypatch):
     torch.testing.assert_close(d.W_dec.grad, expected)
     torch.testing.assert_close(norm, expected.norm())
     assert along.norm() > 0.1 * grad.norm()
+
+
+class Sum(Reconstruction):
+    """A loss that knows no decoder."""
+
+    def __call__(self, p: Pass) -> torch.Tensor:
+        return 1e-3 * p.acts.values.sum()
+
+
+def test_auxk_may_be_all_that_trains_the_decoder():
+    """Its gradient is one of the dead rows alone, and nothing adds it to a whole matrix."""
+    recipe = recipes.Recipe(rule=recipes.TopK(k=3), terms=(Sum(), AuxK()))
+    it, batches = trainee(recipe, dead_after=1, normalize="none"), planted(3)
+    it.start(batches[0])
+    before = it.dictionary.W_dec.detach().clone()
+    dead = [it.step(i, batch).dead for i, batch in enumerate(batches)]
+    moved = (it.dictionary.W_dec - before).norm(dim=1) > 1e-4
+    assert set(moved.nonzero()[:, 0].tolist()) == set(torch.cat(dead).tolist()) != set()

@@ -10,10 +10,22 @@ import pytest
 import torch
 
 from lib import paths
-from lib.dictionaries import Dictionary, FitConfig, dictionary, fit, recipes, sparsity, train
+from lib.dictionaries import Dictionary, FitConfig, fit, recipes, search, sparsity, train
 from lib.dictionaries.kernels import SparseActs
 from lib.dictionaries.memory import Memory
-from tests.small_fits import CPU, SPARSE, Recorded, in_small_blocks, planted, same, trained, trainee
+from lib.dictionaries.search import Search
+from lib.dictionaries.selection import true_places
+from tests.small_fits import (
+    CPU,
+    SPARSE,
+    Recorded,
+    in_small_blocks,
+    planted,
+    same,
+    screening,
+    trained,
+    trainee,
+)
 
 needs_mkl = pytest.mark.skipif(
     not torch.backends.mkl.is_available(), reason="gradients lie in memory only with MKL's product"
@@ -32,19 +44,32 @@ class Poisoned(Recorded):
             matrix.detach().fill_(torch.nan)
 
 
-def test_trainees_that_share_memory_train_as_each_alone():
+@pytest.mark.parametrize("screened", [True, False])
+def test_trainees_that_share_memory_train_as_each_alone(screened):
     """Nothing that is read again lies in what was given back, and nothing left there is read."""
     shared, batches = Poisoned(), planted(12)
     together = {name: trainee(recipe, shared) for name, recipe in SPARSE.items()}
-    for i, batch in enumerate(batches):
-        for it in together.values():
-            if i == 0:
-                it.start(batch)
-            assert math.isfinite(it.metrics(it.step(i, batch))["fvu"])
-    for name, recipe in SPARSE.items():
-        alone, outs = trained(recipe, 12)
-        assert isinstance(outs[0].acts, SparseActs) == ("whole" not in name)
-        same(together[name].state(), alone.state())
+    with screening(screened) as scans:
+        for i, batch in enumerate(batches):
+            for it in together.values():
+                if i == 0:
+                    it.start(batch)
+                assert math.isfinite(it.metrics(it.step(i, batch))["fvu"])
+        for name, recipe in SPARSE.items():
+            alone, outs = trained(recipe, 12)
+            assert isinstance(outs[0].acts, SparseActs) == ("whole" not in name)
+            same(together[name].state(), alone.state())
+    assert any(scans) == screened
+
+
+@needs_mkl
+def test_gradients_of_the_dead_are_added_in_place():
+    """What AuxK adds to a lent matrix leaves it where it was, so that it is given back."""
+    memory = Memory()
+    it, batches = trainee(SPARSE["topk"], memory, dead_after=1), planted(6)
+    it.start(batches[0])
+    n_dead = [len(it.step(i, batch).dead) for i, batch in enumerate(batches)]
+    assert min(n_dead[1:]) > 0 and not memory._lent
 
 
 @needs_mkl
@@ -85,11 +110,25 @@ def test_pre_activations_are_overwritten_block_by_block(name, monkeypatch):
     assert len({matrix.data_ptr() for matrix in blocks}) == 1
 
 
+def test_screens_lie_where_those_of_the_step_before_lay():
+    memory, batches = Recorded(), planted(4)
+    both = [trainee(SPARSE[name], memory) for name in ("topk", "batchtopk")]
+    with screening():
+        for i, batch in enumerate(batches):
+            for it in both:
+                if i == 0:
+                    it.start(batch)
+                it.step(i, batch)
+    screens = [matrix for matrix in memory.out if matrix.dtype == torch.bfloat16]
+    assert len(screens) == 3 * 2 * 4 and len({matrix.data_ptr() for matrix in screens}) == 3
+
+
 @pytest.mark.parametrize("n", [1, 16, 50])
 def test_pairs_of_blocks_are_those_of_the_whole(n, monkeypatch):
     in_small_blocks(monkeypatch)
     d, x = Dictionary(SPARSE["topk"].dictionary(site_dims=(16,), d_sae=64)), torch.randn(n, 16)
-    found = d.pairs(x, lambda pre: SparseActs.of(pre.where(pre > 0.5, 0)))
+    with Search(d, x) as scan:
+        found = scan(lambda pre, slack: true_places(pre > 0.5), lambda active: active)
     pre = d.pre_acts(x).detach()
     torch.testing.assert_close(found.dense(), pre.where(pre > 0.5, 0))
     assert found.n == n and 0 < len(found.values) < 40 * n
@@ -175,10 +214,12 @@ PEAK = """
 import ctypes, sys
 from pathlib import Path
 import torch
-from lib.dictionaries import FitConfig, recipes
+from lib.dictionaries import FitConfig, recipes, search
 from lib.dictionaries.trainee import Trainee
 
 torch.set_num_threads(1)
+screened = sys.argv.pop() == "screened"
+search.has_amx = lambda: screened
 
 def kb(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -202,16 +243,18 @@ print((kb("VmHWM") - before) * 1024)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("how", ["screened", "in float32"])
 @pytest.mark.parametrize("name", ["topk", "batchtopk"])
-def test_peak_memory_of_a_step_is_as_stated(name):
-    """Weights, gradients and two moments, and a block of pre-activations; no `[n d_sae]`. The
-    first step, in which BatchTopK knows no threshold, is among them."""
+def test_peak_memory_of_a_step_is_as_stated(name, how):
+    """Weights, gradients and two moments, and a block of pre-activations (or of their bounds, twice
+    as many in half the bytes); no `[n d_sae]`. The first step, in which BatchTopK knows no
+    threshold, is among them."""
     d, d_sae, n = 64, 8192, 2048
     environment = os.environ | {"PYTHONPATH": str(paths.root())}
-    command = [sys.executable, "-c", PEAK, name, str(d), str(d_sae), str(n)]
+    command = [sys.executable, "-c", PEAK, name, str(d), str(d_sae), str(n), how]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     n_parameters = 2 * d * d_sae + d_sae + d
-    stated = 16 * n_parameters + 4 * dictionary.TOKENS * d_sae
+    stated = 16 * n_parameters + 4 * search.TOKENS * d_sae
     # it takes 10 MB more; one matrix has 67
     assert int(done.stdout) <= stated + 24e6

@@ -1,16 +1,13 @@
 """Products in bfloat16 and moments in 8 bits train as well, and resume bit for bit."""
 
 import importlib.util
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-from lib.dictionaries import FitConfig, fit, recipes
+from lib.dictionaries import FitConfig, recipes
 from lib.dictionaries.trainee import Trainee
-from tests import fit_worker
-from tests.small_fits import SPARSE, learnt, planted, same, trainee, watched
+from tests.small_fits import SPARSE, learnt, planted, stopped_and_resumed, trainee, watched
 
 BNB = importlib.util.find_spec("bitsandbytes")
 
@@ -60,23 +57,6 @@ def test_terms_on_products_in_bfloat16_train_as_well(name):
     assert losses["bfloat16"] != losses["float32"]
     assert fvus["bfloat16"] == pytest.approx(fvus["float32"], rel=0.1)
     assert l0s["bfloat16"] == pytest.approx(l0s["float32"], rel=0.1)
-
-
-def stopped_and_resumed(folder: Path, config: FitConfig) -> None:
-    """Weights and history of a run stopped at steps 3 and 9 are those of one that was not."""
-    names = ("topk", "batchtopk", "jumprelu")
-    plans = {n: (SPARSE[n].dictionary(site_dims=(16,), d_sae=64), SPARSE[n]) for n in names}
-    plans["resample"] = fit_worker.plans()["resample"]
-    go = partial(fit, plans, config=config, progress=False)
-    batches = planted(config.n_steps)
-    whole = go(batches, folder=folder / "whole")
-    for stop in (3, 9):
-        with pytest.raises(ValueError, match=f"ended at step {stop}"):
-            go(batches[:stop], folder=folder / "cut", resume=True)
-    cut = go(batches, folder=folder / "cut", resume=True)
-    for name in plans:
-        assert cut[name].history == whole[name].history
-        same(cut[name].dictionary.state_dict(), whole[name].dictionary.state_dict())
 
 
 OFTEN = {"n_steps": 20, "lr": 3e-3, "dead_after": 150, "checkpoint_every": 2, "log_every": 5}

@@ -16,7 +16,7 @@ from lib.activations.buffer import Buffer
 from lib.dictionaries import parallel
 from tests import parallel_worker
 from tests.fit_worker import Planted, stream
-from tests.parallel_worker import RECIPES, score_sets, trained
+from tests.parallel_worker import RECIPES, score_sets, screened, trained
 
 WORKER = parallel_worker.__file__
 
@@ -51,7 +51,11 @@ def ranks(folder):
 def one():
     """The same in one process."""
     per_dim = {"changes": {"normalize": "per_dim"}}
-    return {"recipes": trained(stream()), "per_dim": trained(stream(), ["topk"], **per_dim)}
+    return {
+        "recipes": trained(stream()),
+        "per_dim": trained(stream(), ["topk"], **per_dim),
+        "screened": screened(stream()),
+    }
 
 
 def require_equal(one: dict, ranks: list[dict], name: str) -> None:
@@ -76,6 +80,13 @@ def test_two_ranks_are_one_process(one, ranks, name):
 
 def test_the_normaliser_is_of_the_whole_batch(one, ranks):
     require_equal(one["per_dim"], [rank["per_dim"] for rank in ranks], "topk")
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_two_ranks_with_screens_are_one_process(one, ranks, name):
+    runs = [rank["screened"] for rank in ranks]
+    assert all(run["scans"] == {True} for run in (one["screened"], *runs))
+    require_equal(one["screened"], runs, name)
 
 
 def test_dead_latents_took_part(one):

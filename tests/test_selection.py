@@ -1,12 +1,32 @@
 """Which latents are kept: selection by groups, by hints and by blocks is the plain one."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from lib.dictionaries import Dictionary, recipes, sparsity
 from lib.dictionaries.kernels import SparseActs
-from lib.dictionaries.selection import largest, largest_of_rows, places_above, true_places
-from tests.small_fits import SPARSE, Recorded, in_small_blocks, planted, same, trainee
+from lib.dictionaries.pairs import starts_of
+from lib.dictionaries.selection import (
+    bound_of_largest,
+    largest,
+    largest_of_rows,
+    largest_of_runs,
+    places_above,
+    true_places,
+)
+from lib.dictionaries.sparsity import TopK
+from tests.small_fits import (
+    SPARSE,
+    Recorded,
+    below,
+    in_small_blocks,
+    marked,
+    planted,
+    same,
+    trainee,
+)
 
 # ---- of a matrix
 
@@ -50,15 +70,50 @@ def test_largest_of_rows_are_topks(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("at", [-4.0, 0.0, 1.0, 2.8, 99.0, torch.inf, -torch.inf])
 def test_places_above_are_those_of_a_comparison(kind, dtype, at):
-    """Many, few and no hits; a bound for all columns, and one for each."""
+    """Many, few and no hits; a bound for all columns, one for each, and one for each row. What was
+    rounded may have exceeded a bound that it equals once that is rounded, too."""
     for n, m in ((9, 64), (9, 97), (9, 100), (50, 1024), (0, 64), (1, 8), (3, 1)):
         matrix = drawn(n, m, kind).to(dtype)
+        matrix[matrix == 0] = 0  # not -0, of which nothing is asked at a bound of 0
         spread = at + torch.linspace(-1, 1, m)
         lone = torch.full((m,), torch.inf)
         lone[m // 2] = at
-        for bound in (torch.tensor(at), spread, lone):
-            expected = (matrix > bound).flatten().nonzero()[:, 0]  # which ascend
+        for bound in (torch.tensor(at), spread, lone, at + torch.linspace(-1, 1, n)[:, None]):
+            above = matrix > bound if dtype == torch.float32 else matrix >= bound.to(dtype)
+            expected = above.flatten().nonzero()[:, 0]  # which ascend
             assert torch.equal(places_above(matrix, bound), expected), (n, m)
+
+
+@pytest.mark.parametrize(("m", "k"), [(8, 8), (37, 3), (512, 9), (600, 32), (5000, 32), (300, 1)])
+def test_bounds_of_the_largest_are_just_below_them(m, k):
+    """Of random numbers, of numbers that were all rounded up, and of too few positive ones."""
+    drawn = torch.randn(50, m, generator=torch.Generator().manual_seed(m))
+    found = bound_of_largest(drawn.bfloat16(), k)
+    kth = drawn.topk(k, dim=1).values[:, -1]
+    assert ((found <= kth) | (kth <= 0)).all()
+    n_above = (drawn > found[:, None]).sum(1).float()
+    assert ((n_above >= k) | (kth <= 0)).all() and n_above.mean() < 1.2 * k + 3
+    up = torch.full((3, m), 1 + 2**-8 + 2**-20)
+    assert (up.bfloat16() > up).all() and (bound_of_largest(up.bfloat16(), k) <= up[:, 0]).all()
+    few = drawn.where(drawn.argsort(dim=1).argsort(dim=1) > m - k, -drawn.abs())
+    places = TopK(k=k).find(few.bfloat16(), torch.zeros(50, 1))
+    assert torch.equal(marked(places, few), few > 0) and ((few > 0).sum(1) < k).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e30])
+def test_what_was_above_a_bound_is_found_after_rounding(scale):
+    """For all columns, for each and for each row; near ties, negative, zero and infinite ones."""
+    generator = torch.Generator().manual_seed(0)
+    exact = scale * torch.randn(60, 90, generator=generator)
+    exact[:, 3], exact[4], exact[5] = 0.0, -torch.inf, torch.inf
+    rounded = exact.bfloat16()
+    columns, rows = below(exact[7]), below(exact[:, :1])
+    flat = [torch.tensor(bound) for bound in (0.0, scale, -scale, torch.inf, -torch.inf)]
+    for bound in (*flat, columns, columns.abs(), rows, rows.abs()):
+        found = marked(places_above(rounded, bound), exact)
+        assert found[exact > bound].all()
+        ulp = 1e-38 + 2**-7 * bound.where(bound.isfinite(), 0).abs()
+        assert not found[exact < bound - ulp].any()
 
 
 def test_true_places_are_where_a_mask_is_true():
@@ -79,6 +134,21 @@ def test_largest_are_topks(dtype):
             found = largest(values, count)
             assert len(found) == count and (found.diff() > 0).all()
             assert torch.equal(values[found].sort().values, values.topk(count).values.sort().values)
+
+
+@pytest.mark.parametrize("k", [1, 3, 100])
+def test_largest_of_runs_are_topks(k):
+    """Of no, one, few and many values, and of equal ones."""
+    for n in (0, 1, 7, 300):
+        offsets = starts_of(torch.arange(n) % 12)
+        for kind in ("plain", "ties", "negative"):
+            values = drawn(int(offsets[-1]), 3, kind)[:, 0]
+            found = largest_of_runs(values, offsets, k)
+            assert (found.diff() > 0).all()
+            for start, end in pairwise(offsets.tolist()):
+                kept = values[found[(found >= start) & (found < end)]].sort().values
+                expected = values[start:end].topk(min(k, end - start)).values
+                assert torch.equal(kept, expected.flip(0)), (n, kind)
 
 
 # ---- BatchTopK, by hints and by blocks
