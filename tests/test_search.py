@@ -57,7 +57,7 @@ def hostile(kind: str, n: int, d: int, d_sae: int, seed: int) -> tuple[torch.Ten
     if kind == "biases":
         b_enc = 10 ** (12 * uniform(d_sae) - 6) * draw(d_sae).sign()
     if kind == "tiny":  # some have squares that float32 has not
-        x, rows = x * 10 ** (4 - 30 * uniform(n, 1)), rows * 10 ** (-30 * uniform(d_sae, 1))
+        x, rows = x * 10 ** (14 - 40 * uniform(n, 1)), rows * 10 ** (-30 * uniform(d_sae, 1))
     if kind in ("tiny", "zeros"):
         b_enc *= 1e-38
         for some in (x, rows, b_enc):
@@ -272,7 +272,7 @@ def test_only_large_products_in_float32_on_such_a_cpu_are_screened(monkeypatch):
     assert screened(d, x) and not screened(d, x[:192])
     assert not screened(*topk(512, 256, d_sae=4096, k=64))  # whose candidates would be too many
     assert not screened(*topk(512, 2048, d_sae=1024, k=8))
-    assert not screened(*topk(8, 4096, d_sae=64, k=1))
+    assert not screened(*topk(8, 4096, d_sae=128, k=1))
     with torch.autocast("cpu", torch.bfloat16):
         assert not screened(d, x)
     assert not screened(d.double(), x.double())

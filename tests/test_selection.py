@@ -1,5 +1,7 @@
 """Which latents are kept: selection by groups, by hints and by blocks is the plain one."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -25,6 +27,7 @@ from tests.small_fits import (
     marked,
     planted,
     same,
+    screening,
     trainee,
 )
 
@@ -189,25 +192,47 @@ def keeps_the_largest(d: Dictionary, x: torch.Tensor) -> torch.Tensor:
     return acts.rows
 
 
-@pytest.mark.parametrize("blocks", ["one", "of 16"])
-@pytest.mark.parametrize("share", [0.0, 1e-30, 0.5, 0.94, 1.0, 1.02, 1.2, 2.0, 1e9])
-def test_batchtopk_is_exact_whatever_the_hint(share, blocks, monkeypatch):
-    """None, so low that all is compared, right, and so high that nothing exceeds it."""
-    if blocks == "of 16":
+@pytest.fixture(params=["one block", "blocks of 16", "screens"])
+def way(request, monkeypatch) -> Iterator[None]:
+    """In which pre-activations are looked through."""
+    if request.param == "blocks of 16":
         in_small_blocks(monkeypatch)
+    with screening() if request.param == "screens" else nullcontext():
+        yield
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("share", [0.0, 1e-30, 0.5, 0.94, 1.0, 1.02, 1.2, 2.0, 1e9])
+def test_batchtopk_is_exact_whatever_the_hint(share):
+    """None, so low that all is compared, right, and so high that nothing exceeds it."""
     d, x = batchtopk()
     keeps_the_largest(d, x)
     d.smallest.mul_(share)
     keeps_the_largest(d, x)
 
 
-@pytest.mark.parametrize("blocks", ["one", "of 16"])
+def test_batchtopk_is_exact_if_bounds_alone_exceed_a_hint():
+    """Those of large encoder rows are looser: below a hint these may hide what else is there."""
+    d, x = batchtopk()
+    size = torch.logspace(-1, 0, 64)
+    with torch.no_grad():
+        d.encoder.mul_(size[:, None])
+        d.b_enc.copy_(1.6 * (1 - size))
+    for scale in torch.linspace(0.8, 1.2, 11):
+        keeps_the_largest(d, scale * x)
+        right = d.smallest.clone()
+        for share in torch.linspace(1.05, 1.07, 9):
+            d.smallest.copy_(share * right)
+            with screening() as scans:
+                keeps_the_largest(d, scale * x)
+            assert all(scans)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("hint", [0.0, 1e-3, 1.0, 1e9])
 @pytest.mark.parametrize("quiet", [0.0, 1e-2])
-def test_batchtopk_is_exact_if_all_winners_lie_in_one_block(quiet, hint, blocks, monkeypatch):
+def test_batchtopk_is_exact_if_all_winners_lie_in_one_block(quiet, hint):
     """The third block has them, more than its share of n·k; without a hint, and with any."""
-    if blocks == "of 16":
-        in_small_blocks(monkeypatch)
     d, x = batchtopk()
     scale = torch.full((64, 1), quiet)
     scale[32:48] = 100.0
@@ -217,6 +242,7 @@ def test_batchtopk_is_exact_if_all_winners_lie_in_one_block(quiet, hint, blocks,
         assert rows.min() >= 32 and rows.max() < 48 and len(rows) == 3 * 64
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("loud", [1, 20, 33, 40])
 def test_batchtopk_is_exact_if_the_first_batch_is_uneven(loud):
     """What TopK keeps of half the tokens is far from what a batch keeps."""
@@ -227,6 +253,7 @@ def test_batchtopk_is_exact_if_the_first_batch_is_uneven(loud):
     keeps_the_largest(d, x)
 
 
+@pytest.mark.usefixtures("way")
 def test_batchtopk_of_a_batch_without_winners_keeps_its_hint():
     d, x = batchtopk()
     with torch.no_grad():

@@ -48,7 +48,7 @@ def bound_of_largest(matrix: BFloat16[Tensor, "n m"], k: int) -> Float[Tensor, "
     return torch.from_numpy(smallest).view(torch.bfloat16).float() * (1 - 2.0**-8)
 
 
-def _bits(matrix: BFloat16[Tensor, "n m"]) -> np.ndarray:
+def _bits(matrix: BFloat16[Tensor, "*shape"]) -> np.ndarray:
     """Integers that are ordered as the positive entries are, and negative as the others."""
     return matrix.detach().view(torch.int16).numpy()
 
