@@ -185,6 +185,7 @@ def test_encode_sparse_on_a_screen_is_encode(n):
     with screening() as scans:
         found, nothing = d.encode_sparse(x[:n]), d.encode_sparse(x[:0])
     expected = d.encode(x[:n])
+    assert d.encode(x[:0]).shape == (0, 64)
     assert scans == [True, True] and (found.n, nothing.n, len(nothing.values)) == (n, 0, 0)
     assert torch.equal(found.dense() > 0, expected > 0) and (found.values > 0).all()
     torch.testing.assert_close(found.dense(), expected)

@@ -94,7 +94,7 @@ class Dictionary(nn.Module):
             ValueError: `x` has another width.
         """
         flat = self._flat(x)
-        return self.config.rule.acts(self.pre_acts(flat), self).reshape(*x.shape[:-1], -1)
+        return self.config.rule.acts(self.pre_acts(flat), self).reshape(*x.shape[:-1], self.d_sae)
 
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseActs:
