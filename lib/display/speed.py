@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from lib.display.plots import COLOURS, LAYOUT
 
 LIBRARY_COLOURS = {
-    "lib": "#000000", "sparsify": "#1f77b4", "sae-lens": "#2ca02c",
+    "lib": "#000000", "lib, float32": "#7f7f7f", "sparsify": "#1f77b4", "sae-lens": "#2ca02c",
     "dictionary-learning": "#ff7f0e", "overcomplete": "#9467bd",
 }  # fmt: skip
 MEMORY_COLOUR = "#d62728"
