@@ -255,9 +255,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=30, help="timed steps of a setup")
-    parser.add_argument("--big-steps", type=int, default=4, help="of d_sae 24576, on a CPU")
-    parser.add_argument("--quick", action="store_true", help="2 steps, no growth, no harvest")
+    parser.add_argument("--steps", type=int, help="timed steps of a setup (30; with --quick 2)")
+    parser.add_argument("--big-steps", type=int, help="of d_sae 24576, on a CPU (4; 2)")
+    parser.add_argument("--quick", action="store_true", help="few steps, no growth, no harvest")
     parser.add_argument("--only", nargs="*", help="names of setups, like 'TopK 512'")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     return parser.parse_args(words)
@@ -278,7 +278,8 @@ def main(words: list[str] | None = None) -> int:
         return 2
     require_writable(paths.figures_dir())
     torch.set_num_threads(args.threads)
-    steps, big_steps = (2, 2) if args.quick else (args.steps, args.big_steps)
+    steps = args.steps or (2 if args.quick else 30)
+    big_steps = args.big_steps or (2 if args.quick else 4)
     cuda = args.device == "cuda"
     setups = gpu_setups(steps) if cuda else cpu_setups(steps, big_steps)
     chosen = [s for s in setups if not args.only or s.name in args.only]
