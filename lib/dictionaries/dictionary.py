@@ -130,9 +130,8 @@ class Dictionary(nn.Module):
         """
         rule = self.config.rule
         if rule.sparse and not whole:
-            with torch.no_grad():
-                with Search(self, x, memory) as scan:
-                    active = rule.select(self, len(x), scan)
+            with torch.no_grad(), Search(self, x, memory) as scan:
+                active = rule.select(self, len(x), scan)
             if active is not None:
                 weights = (self.encoder_rows, self.b_enc, self.b_in)
                 values = active_pre_acts(x, *weights, active, memory)

@@ -62,8 +62,8 @@ def places_above(
     In bfloat16 all that may have exceeded it before they were rounded.
     """
     if matrix.dtype != torch.bfloat16 and matrix.device.type == "cpu":
-        above = np.greater(matrix.detach().numpy(), bound.detach().numpy())  # five times torch's
-        return torch.from_numpy(np.flatnonzero(above))  # speed
+        above = np.greater(matrix.detach().numpy(), bound.detach().numpy())  # faster than torch
+        return torch.from_numpy(np.flatnonzero(above))
     if matrix.dtype != torch.bfloat16:
         return true_places(matrix > bound)
     bound = bound.bfloat16()
