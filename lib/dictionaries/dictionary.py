@@ -157,8 +157,8 @@ class Dictionary(nn.Module):
         for part, rows in zip(grad.split(size), self.W_dec.split(size), strict=True):
             if self.config.unit_norm_decoder:
                 part.addcmul_(dots_of_rows(part, rows)[:, None], rows, value=-1)
-            norms.append(torch.linalg.vector_norm(part))
-        return torch.linalg.vector_norm(torch.stack(norms))
+            norms.append(torch.linalg.vector_norm(part, dim=1))  # the whole would be one thread's
+        return torch.linalg.vector_norm(torch.cat(norms))
 
     @torch.no_grad()
     def folded(self, mean: Float[Tensor, "d_in"], scale: Float[Tensor, "d_in"]) -> "Dictionary":

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lib.dictionaries.selection import order_of
+
 
 def starts_of(counts: Int[Tensor, "m"]) -> Int[Tensor, "m_plus_1"]:
     """Where runs of these lengths begin, and where the last ends."""
@@ -55,10 +57,17 @@ class SparseActs:
     def by_latent(self) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "n_latents_plus_1"]]:
         """The order that sorts the pairs by latent, and where each latent's begin in it."""
         if "by_latent" not in self._known:
-            order = self.indices.int().argsort(stable=True)  # half the time of 64 bits
+            order = order_of(self.indices, self.n_latents)
             counts = torch.bincount(self.indices, minlength=self.n_latents)
             self._known["by_latent"] = (order, starts_of(counts))
         return self._known["by_latent"]
+
+    @property
+    def rows_by_latent(self) -> Int[Tensor, "nnz"]:
+        """Token of each pair, in the order that sorts them by latent."""
+        if "rows_by_latent" not in self._known:
+            self._known["rows_by_latent"] = self.rows.index_select(0, self.by_latent[0])
+        return self._known["rows_by_latent"]
 
     def dense(self) -> Float[Tensor, "n n_latents"]:
         acts = self.values.new_zeros(self.n, self.n_latents)
@@ -79,4 +88,5 @@ class SparseActs:
     def at(self, places: Int[Tensor, "few"]) -> "SparseActs":
         """Only the pairs at these places, which ascend."""
         offsets = torch.searchsorted(places, self.offsets)
-        return SparseActs(self.indices[places], self.values[places], offsets, self.n_latents)
+        parts = (part.index_select(0, places) for part in (self.indices, self.values))
+        return SparseActs(*parts, offsets, self.n_latents)

@@ -8,6 +8,7 @@ found is what a product in float32 would have shown, but for the order of its su
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lib.dictionaries.kernels.eager import dots_at
 from lib.dictionaries.memory import BLOCK, Memory, product_dtype, rows_in_cache
-from lib.dictionaries.pairs import SparseActs, starts_of
+from lib.dictionaries.pairs import SparseActs
 from lib.dictionaries.selection import dots_of_rows
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Screen:
         memory: Memory,
     ) -> None:
         (n, d), d_sae, low = x.shape, len(rows), torch.bfloat16
-        at_once = min(n, max(SCREENED_TOKENS, BLOCK[0] // d_sae))
+        at_once = min(n, max(SCREENED_TOKENS * min(2, torch.get_num_threads()), BLOCK[0] // d_sae))
         self.memory, self.room = memory, memory.take(at_once, d_sae, low, x.device)
         self.x, self.rows = (memory.take(m, d + 3, low, x.device) for m in (n, d_sae))
         sums = 2 * (d + 3) * torch.finfo(x.dtype).eps
@@ -134,8 +135,8 @@ class Screen:
         self.x[:, d] = _up(_norms(lost) + (ROUNDING + sums) * _norms(x))
         norms, size = [], rows_in_cache(rows)
         for exact, rounded in zip(rows.split(size), self.rows.split(size), strict=True):
-            rounded[:, :d] = exact
             norms.append(_norms(exact))
+            rounded[:, :d] = exact  # from the cache
         high = b_enc.to(low)
         rest = _up(b_enc - high + sums * b_enc.abs() + TINY)
         torch.stack([_up(torch.cat(norms)), high, rest], 1, out=self.rows[:, d:])
@@ -186,5 +187,6 @@ def _pairs(
     places: Int[Tensor, "nnz"], n: int, d_sae: int, values: Float[Tensor, "nnz"]
 ) -> SparseActs:
     """At `places` along the rows of n tokens, which ascend from row to row."""
-    offsets = starts_of(torch.bincount(places // d_sae, minlength=n))
-    return SparseActs(places % d_sae, values, offsets, d_sae)
+    ends = d_sae * torch.arange(n + 1, device=places.device)
+    pairs = SparseActs(places, values, torch.searchsorted(places, ends), d_sae)
+    return replace(pairs, indices=places - d_sae * pairs.rows)

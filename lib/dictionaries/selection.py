@@ -43,7 +43,8 @@ def bound_of_largest(matrix: BFloat16[Tensor, "n m"], k: int) -> Float[Tensor, "
     """
     n, m = matrix.shape
     size = min(16, max(1, m // (4 * k)))
-    groups = _bits(matrix)[:, : m // size * size].reshape(n, size, m // size).max(1)
+    bits = matrix.detach().view(torch.int16)[:, : m // size * size]
+    groups = bits.unflatten(1, (size, m // size)).amax(1).numpy()
     smallest = np.partition(groups, m // size - k, axis=1)[:, m // size - k]
     return torch.from_numpy(smallest).view(torch.bfloat16).float() * (1 - 2.0**-8)
 
@@ -94,12 +95,26 @@ def largest_of_runs(
 
     Run i is from `offsets[i]` to `offsets[i + 1]`; on a CPU.
     """
-    starts, n = offsets.numpy(), len(offsets) - 1
-    runs = np.repeat(np.arange(n, dtype=np.min_scalar_type(n)), np.diff(starts))
-    order = np.argsort(-values.numpy())
-    order = order[np.argsort(runs[order], kind="stable")]  # of 16 bits, by their digits
-    ranks = np.arange(len(order)) - starts[runs]
-    return torch.from_numpy(np.sort(order[ranks < k]))
+    if not len(values):
+        return offsets.new_zeros(0)
+    starts, lengths = offsets.numpy(), offsets.diff().numpy()
+    bits = values.detach().numpy().view(np.int32)
+    bits = bits ^ (bits >> 31 & 0x7FFFFFFF)  # integers that are ordered as the values are
+    keys = (np.repeat(np.arange(len(lengths)), lengths) << 32) + bits
+    least = np.sort(keys).take(np.maximum(starts[:-1], starts[1:] - k), mode="clip")
+    kept = torch.from_numpy(keys >= np.repeat(least, lengths)).nonzero()[:, 0]
+    if len(kept) == np.minimum(lengths, k).sum():
+        return kept
+    order = np.argsort(keys)  # some are equal
+    first = np.repeat(starts[1:] - k, lengths)
+    return torch.from_numpy(np.sort(order[np.arange(len(order)) >= first]))
+
+
+def order_of(indices: Int[Tensor, "nnz"], end: int) -> Int[Tensor, "nnz"]:
+    """What sorts `indices`, all below `end`; equal ones stay in their order."""
+    if indices.device.type != "cpu" or end > 2**16:
+        return indices.int().argsort(stable=True)  # half the time of 64 bits
+    return torch.from_numpy(np.argsort(indices.numpy().astype(np.uint16), kind="stable"))
 
 
 def dots_of_rows(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:

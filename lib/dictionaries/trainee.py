@@ -72,7 +72,8 @@ class Trainee:
         parallel.sum_gradients_(d.parameters())
         decoder = d.project_decoder_grad_()
         others = [p.grad for p in d.parameters() if p is not d.W_dec and p.grad is not None]
-        norm = torch.stack([decoder, torch.nn.utils.get_total_norm(others)]).norm()
+        norms = [torch.linalg.vector_norm(grad, dim=-1).norm() for grad in others]
+        norm = torch.stack([decoder, *norms]).norm()
         if not norm.isfinite():
             self.optimizer.zero_grad()
             raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}")

