@@ -126,7 +126,7 @@ class Screen:
         memory: Memory,
     ) -> None:
         (n, d), d_sae, low = x.shape, len(rows), torch.bfloat16
-        at_once = min(n, max(SCREENED_TOKENS * min(2, torch.get_num_threads()), BLOCK[0] // d_sae))
+        at_once = min(n, max(SCREENED_TOKENS, BLOCK[0] // d_sae))
         self.memory, self.room = memory, memory.take(at_once, d_sae, low, x.device)
         self.x, self.rows = (memory.take(m, d + 3, low, x.device) for m in (n, d_sae))
         sums = 2 * (d + 3) * torch.finfo(x.dtype).eps
