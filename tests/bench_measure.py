@@ -2,11 +2,12 @@
 
 import ctypes
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -266,10 +267,40 @@ def _status_kb(field: str) -> int:
 
 def in_its_own_process(library: str, setup: Setup, threads: int) -> dict:
     """`bench_training.alone`'s numbers from a fresh process, or what went wrong there."""
-    request = json.dumps({"library": library, "setup": asdict(setup), "threads": threads})
-    command = [sys.executable, "-m", "tests.bench_training", "--alone", request]
+    command = _command("--alone", library, setup, threads)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return {"error": lines[-1]}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_turns(library: str, setup: Setup, threads: int) -> Iterator[dict]:
+    """`bench_training.turns` in a fresh process, which starts at once and waits before each turn.
+
+    In a shared process all would have the allocator that the first of them tuned. Threads sleep
+    between turns, or they would take the cores of the next library.
+    """
+    process = subprocess.Popen(
+        _command("--turns", library, setup, threads),
+        cwd=ROOT, env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return _answers(process)
+
+
+def _answers(process: subprocess.Popen) -> Iterator[dict]:
+    try:
+        while line := process.stdout.readline():
+            yield json.loads(line)
+            process.stdin.write("\n")
+            process.stdin.flush()
+        yield {"error": f"exit code {process.wait()}"}
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _command(mode: str, library: str, setup: Setup, threads: int) -> list[str]:
+    request = json.dumps({"library": library, "setup": asdict(setup), "threads": threads})
+    return [sys.executable, "-m", "tests.bench_training", mode, request]

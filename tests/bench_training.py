@@ -1,19 +1,21 @@
 """Speed of training beside its peers and its floor: `make bench`, or `make bench-gpu`.
 
-All libraries train on the same batches in one process, a step of each in turn, so that the
-machine's drift hits all alike. Reported: median and least ms a step, fvu on held-out batches after
-equal tokens, peak memory of each in a process of its own. Writes `figures/bench.json`, `.html` and
-`.png`.
+All libraries train on the same batches, each in a process of its own, a step of each in turn, so
+that the machine's drift hits all alike. Reported: median and least ms a step, fvu on held-out
+batches after equal tokens, peak memory. On a CPU speed is measured again with two threads. Writes
+`figures/bench.json`, `.html` and `.png`.
 """
 
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,7 @@ from tests.bench_measure import (
     gpu_setups,
     growth_setups,
     in_its_own_process,
+    in_turns,
     peak_mb,
     planted,
     predicted_mb,
@@ -52,26 +55,29 @@ FVU_EQUAL, L0_EQUAL = 1.005, 0.1
 
 
 def race(setup: Setup) -> dict:
-    """Train all libraries in turn on the same batches; one that fails leaves with its error."""
-    batches = planted(setup, WARM_UP + setup.steps + HELD_OUT)
-    start = Start.of(setup, batches[0])
-    floor = Floor(setup, batches[0], start.rows)
+    """Train all libraries in turn on the same batches; one that fails leaves with its error.
+
+    Raises:
+        RuntimeError: it is ours that fails.
+    """
+    x = planted(setup, 1)[0]
+    floor = Floor(setup, x, Start.of(setup, x).rows)
     rows = {name: {"seconds": []} for name in racing(setup)}
-    runners = {}
-    for name, row in rows.items():
-        with errors_in(row, name):
-            runners[name] = LIBRARIES[name](setup, start)
-            row["note"] = runners[name].note
-    for x in batches[:-HELD_OUT]:
-        for name in list(runners):
-            with errors_in(rows[name], name):
-                rows[name]["seconds"].append(seconds(partial(runners[name].step, x), setup.cuda))
-            if "error" in rows[name]:
-                del runners[name]
+    racers = {name: in_turns(name, setup, torch.get_num_threads()) for name in rows}
+    for _ in range(1 + WARM_UP + setup.steps + 1):  # made, each step, judged
+        for name, racer in list(racers.items()):
+            answer, row = next(racer), rows[name]
+            if "seconds" in answer:
+                row["seconds"].append(answer["seconds"])
+            else:
+                row |= answer
+            if "error" in answer:
+                del racers[name]
+                if name.startswith("lib"):
+                    raise RuntimeError(answer["error"])
         floor.sample()
-    for name, runner in runners.items():
-        with errors_in(rows[name], name):
-            rows[name] |= held_out(runner, batches[-HELD_OUT:])
+    for racer in racers.values():
+        racer.close()
     for row in rows.values():
         timed = [1000 * s for s in row.pop("seconds")[WARM_UP:]]
         if "error" not in row:
@@ -83,21 +89,20 @@ def race(setup: Setup) -> dict:
     return result
 
 
-class errors_in:
-    """Write what a peer raises into its row and go on; our own errors are raised."""
-
-    def __init__(self, row: dict, name: str) -> None:
-        self.row, self.name = row, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> bool:
-        if not isinstance(error, Exception) or self.name.startswith("lib"):
-            return False
-        self.row["error"] = f"{kind.__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+def turns(library: str, setup: Setup) -> Iterator[dict]:
+    """What one library has to say: its note, the seconds of each step, fvu and l0 at the end; or
+    its error."""
+    try:
+        batches = planted(setup, WARM_UP + setup.steps + HELD_OUT)
+        runner = LIBRARIES[library](setup, Start.of(setup, batches[0]))
+        yield {"note": runner.note}
+        for x in batches[:-HELD_OUT]:
+            yield {"seconds": seconds(partial(runner.step, x), setup.cuda)}
+        yield held_out(runner, batches[-HELD_OUT:])
+    except Exception as error:
         traceback.print_exception(error, file=sys.stderr)
-        return True
+        first = next(iter(str(error).splitlines()), "")
+        yield {"error": f"{type(error).__name__}: {first}"}
 
 
 @torch.no_grad()
@@ -254,33 +259,41 @@ def write(found: dict) -> None:
 def arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", help="1 2 on a CPU with two cores")
     parser.add_argument("--steps", type=int, help="timed steps of a setup (30; with --quick 2)")
     parser.add_argument("--big-steps", type=int, help="of d_sae 24576, on a CPU (4; 2)")
     parser.add_argument("--quick", action="store_true", help="few steps, no growth, no harvest")
     parser.add_argument("--only", nargs="*", help="names of setups, like 'TopK 512'")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    for mode in ("--alone", "--turns"):  # in processes of their own
+        parser.add_argument(mode, help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
 
 def main(words: list[str] | None = None) -> int:
     args = arguments(words)
-    if args.alone:
-        request = json.loads(args.alone)
+    if args.alone or args.turns:
+        request = json.loads(args.alone or args.turns)
         torch.set_num_threads(request["threads"])
         shape = request["setup"]
         setup = Setup(**{**shape, "site_dims": tuple(shape["site_dims"])})
-        print(json.dumps(alone(request["library"], setup)))
+        if args.alone:
+            print(json.dumps(alone(request["library"], setup)))
+            return 0
+        answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # for what libraries print
+        for answer in turns(request["library"], setup):
+            print(json.dumps(answer), file=answers, flush=True)
+            sys.stdin.readline()
         return 0
     if absent := bench_peers.missing():
         print(f"the training benchmark needs {', '.join(absent)}; install with: {INSTALL}",
               file=sys.stderr)  # fmt: skip
         return 2
     require_writable(paths.figures_dir())
-    torch.set_num_threads(args.threads)
     steps = args.steps or (2 if args.quick else 30)
     big_steps = args.big_steps or (2 if args.quick else 4)
     cuda = args.device == "cuda"
+    args.threads = args.threads or ([1] if cuda or os.cpu_count() == 1 else [1, 2])
     setups = gpu_setups(steps) if cuda else cpu_setups(steps, big_steps)
     chosen = [s for s in setups if not args.only or s.name in args.only]
     if not chosen:
@@ -292,18 +305,28 @@ def main(words: list[str] | None = None) -> int:
 
 def report(setups: list[Setup], args: argparse.Namespace) -> None:
     """Run everything, printing as it goes, and write it."""
-    found = {"machine": machine(args.device, args.threads), "setups": [], "growth": {},
-             "harvest": None, "bars": []}  # fmt: skip
+    threads, *others = args.threads
+    found = {"machine": machine(args.device, threads), "setups": [], "more_threads": [],
+             "growth": {}, "harvest": None, "bars": []}  # fmt: skip
     print(found["machine"])
+    torch.set_num_threads(threads)
     for setup in setups:
         result = race(setup)
-        gc.collect()
-        measure_memory(result, setup, args.threads)
+        measure_memory(result, setup, threads)
         found["setups"].append(result)
         found["bars"] += judge(result)
         print(table(result), flush=True)
+    for many in others:
+        torch.set_num_threads(many)
+        for setup in setups:
+            fewer = {"name": f"{setup.name}, {many} threads", "steps": max(2, setup.steps // 3)}
+            result = race(replace(setup, **fewer))
+            found["more_threads"].append(result)
+            found["bars"] += judge(result)[:-1]  # but memory
+            print(table(result), flush=True)
+    torch.set_num_threads(threads)
     if not args.quick:
-        found["growth"] = growth(replace(setups[0], steps=4), args.threads)
+        found["growth"] = growth(replace(setups[0], steps=4), threads)
         found["harvest"] = bench_harvest.measure()
         ratio = found["harvest"]["ratio"]
         found["bars"].append({"setup": "harvest", "bar": "times the bare forward pass",
@@ -314,7 +337,7 @@ def report(setups: list[Setup], args: argparse.Namespace) -> None:
     print()
     for bar in found["bars"]:
         verdict = "holds " if bar["holds"] else "missed"
-        print(f"{verdict} {bar['setup']:18} {bar['value']:8.3f}  (need {bar['need']:.3f})  "
+        print(f"{verdict} {bar['setup']:27} {bar['value']:8.3f}  (need {bar['need']:.3f})  "
               f"{bar['bar']}")  # fmt: skip
 
 

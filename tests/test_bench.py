@@ -11,7 +11,7 @@ import torch
 
 from lib.display.speed import training_speed
 from tests import bench_measure, bench_peers, bench_training
-from tests.bench_measure import Floor, Setup, Start, adam_bytes, gather_bytes, planted
+from tests.bench_measure import Floor, Setup, Start, adam_bytes, gather_bytes, in_turns, planted
 from tests.bench_peers import LIBRARIES, Ours, OursInFloat32
 from tests.small_fits import screening
 
@@ -259,6 +259,11 @@ def small_bench(monkeypatch, tmp_path):
         "in_its_own_process",
         lambda library, setup, threads: bench_training.alone(library, setup),
     )
+    monkeypatch.setattr(
+        bench_training,
+        "in_turns",
+        lambda library, setup, threads: bench_training.turns(library, setup),
+    )
     monkeypatch.setattr(bench_training.bench_harvest, "measure", lambda: {"ratio": 1.1})
     drawn = []
     monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: drawn.append(path))
@@ -269,16 +274,19 @@ def test_everything_is_written(small_bench, capsys):
     folder, drawn = small_bench
     threads = torch.get_num_threads()
     try:
-        assert bench_training.main(["--threads", "1"]) == 0
+        assert bench_training.main(["--threads", "1", "2"]) == 0
     finally:
         torch.set_num_threads(threads)
     found = json.loads((folder / "bench.json").read_text())
     assert (folder / "bench.html").exists() and drawn == [folder / "bench.png"]
     assert found["machine"]["threads"] == 1 and found["harvest"] == {"ratio": 1.1}
     assert [s["name"] for s in found["setups"]] == [s.name for s in SETUPS.values()]
-    for result in found["setups"]:
+    again = [f"{s.name}, 2 threads" for s in SETUPS.values()]
+    assert [s["name"] for s in found["more_threads"]] == again
+    for result in found["setups"] + found["more_threads"]:
         ours, broken = result["libraries"]["lib"], result["libraries"]["broken"]
-        assert 0 < ours["ms_min"] <= ours["ms"] and ours["fvu"] > 0 and ours["peak_mb"] >= 0
+        assert 0 < ours["ms_min"] <= ours["ms"] and ours["fvu"] > 0
+        assert ("peak_mb" in ours) == (result in found["setups"])
         assert broken == {"note": "", "error": "RuntimeError: gave up"}
         assert result["floor"]["ms"] > 0 and result["ratio"] is None
     assert {axis: len(points) for axis, points in found["growth"].items()} == {"d_sae": 1, "k": 1}
@@ -290,9 +298,13 @@ def test_everything_is_written(small_bench, capsys):
         *[("BatchTopK 16", bar) for bar in shared],
         *[("JumpReLU 16", bar) for bar in (FASTER, L0, FLOOR, MEMORY)],
         *[("crosscoder 8", bar) for bar in shared],
+        *[("TopK 16, 2 threads", bar) for bar in shared[:-1]],
+        *[("BatchTopK 16, 2 threads", bar) for bar in shared[:-1]],
+        *[("JumpReLU 16, 2 threads", bar) for bar in (FASTER, L0, FLOOR)],
+        *[("crosscoder 8, 2 threads", bar) for bar in shared[:-1]],
         ("harvest", "times the bare forward pass"),
     ]
-    assert [bar["holds"] for bar in found["bars"] if bar["bar"] != L0] == 12 * [False] + [True]
+    assert [bar["holds"] for bar in found["bars"] if bar["bar"] != L0] == 20 * [False] + [True]
     said = capsys.readouterr().out
     assert "RuntimeError: gave up" in said and ("missed" in said or "holds" in said)
 
@@ -301,6 +313,28 @@ def test_our_own_errors_are_raised(small_bench, monkeypatch):
     monkeypatch.setitem(LIBRARIES, "lib", Broken)
     with pytest.raises(RuntimeError, match="gave up"):
         bench_training.race(SETUP)
+
+
+def test_a_library_takes_its_turns_in_a_process_of_its_own():
+    first, *steps, last = in_turns("lib", SETUP, 1)
+    assert first == {"note": ""} and last["error"] == "exit code 0"  # nobody asked for more
+    *steps, judged = steps
+    assert len(steps) == bench_measure.WARM_UP + SETUP.steps
+    assert all(0 < step["seconds"] < 60 for step in steps)
+    assert judged == list(bench_training.turns("lib", SETUP))[-1]
+    assert next(in_turns("nobody", SETUP, 1)) == {"error": "KeyError: 'nobody'"}
+
+
+def test_a_library_that_dies_says_so_and_one_that_is_left_is_ended(monkeypatch):
+    for code, answers in (("import os; os._exit(9)", 0), ("print(1, flush=True); input()", 1)):
+        monkeypatch.setattr(bench_measure, "_command", lambda *_, c=code: [sys.executable, "-c", c])
+        racer = in_turns("lib", SETUP, 1)
+        assert [next(racer) for _ in range(answers)] == answers * [1]
+        if not answers:
+            assert next(racer) == {"error": "exit code 9"}
+        process = racer.gi_frame.f_locals["process"]
+        racer.close()
+        assert process.poll() is not None
 
 
 def test_figure_shows_what_it_is_given():

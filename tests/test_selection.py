@@ -15,6 +15,7 @@ from lib.dictionaries.selection import (
     largest,
     largest_of_rows,
     largest_of_runs,
+    order_of,
     places_above,
     true_places,
 )
@@ -152,6 +153,14 @@ def test_largest_of_runs_are_topks(k):
                 kept = values[found[(found >= start) & (found < end)]].sort().values
                 expected = values[start:end].topk(min(k, end - start)).values
                 assert torch.equal(kept, expected.flip(0)), (n, kind)
+
+
+@pytest.mark.parametrize("end", [1, 300, 2**16, 2**16 + 1])
+def test_order_sorts_and_leaves_equal_ones_in_their_order(end):
+    indices = torch.randint(end, (500,), generator=torch.Generator().manual_seed(end))
+    indices[::2] = end - 1
+    assert torch.equal(order_of(indices, end), indices.argsort(stable=True))
+    assert order_of(indices[:0], end).tolist() == []
 
 
 # ---- BatchTopK, by hints and by blocks

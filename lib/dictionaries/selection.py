@@ -41,7 +41,7 @@ def bound_of_largest(matrix: BFloat16[Tensor, "n m"], k: int) -> Float[Tensor, "
 
     It is that of the maxima of groups of columns; with at least 4 k groups little is lost by it.
     """
-    n, m = matrix.shape
+    m = matrix.shape[1]
     size = min(16, max(1, m // (4 * k)))
     bits = matrix.detach().view(torch.int16)[:, : m // size * size]
     groups = bits.unflatten(1, (size, m // size)).amax(1).numpy()
