@@ -1,5 +1,6 @@
 """What the training benchmark measures with: setups, planted activations, the floor, memory."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -7,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -275,30 +276,34 @@ def in_its_own_process(library: str, setup: Setup, threads: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def in_turns(library: str, setup: Setup, threads: int) -> Iterator[dict]:
-    """`bench_training.turns` in a fresh process, which starts at once and waits before each turn.
+class Racer:
+    """`bench_training.turns` in a fresh process, which starts at once and waits for each turn.
 
     In a shared process all would have the allocator that the first of them tuned. Threads sleep
-    between turns, or they would take the cores of the next library.
+    between turns, or they would take the cores of the next library. Memory holds all at once.
     """
-    process = subprocess.Popen(
-        _command("--turns", library, setup, threads),
-        cwd=ROOT, env=os.environ | {"OMP_WAIT_POLICY": "passive"},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    return _answers(process)
 
+    def __init__(self, library: str, setup: Setup, threads: int) -> None:
+        self.begun = False
+        self.process = subprocess.Popen(
+            _command("--turns", library, setup, threads),
+            cwd=ROOT, env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
-def _answers(process: subprocess.Popen) -> Iterator[dict]:
-    try:
-        while line := process.stdout.readline():
-            yield json.loads(line)
-            process.stdin.write("\n")
-            process.stdin.flush()
-        yield {"error": f"exit code {process.wait()}"}
-    finally:
-        process.kill()
-        process.communicate()
+    def turn(self) -> dict:
+        """The next answer; if there is none, an error."""
+        if self.begun:
+            with contextlib.suppress(BrokenPipeError):  # it is dead, as the missing line will say
+                self.process.stdin.write("\n")
+                self.process.stdin.flush()
+        self.begun = True
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"error": f"exit code {self.process.wait()}"}
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
 def _command(mode: str, library: str, setup: Setup, threads: int) -> list[str]:

@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import signal
 import sys
 from dataclasses import replace
+from functools import partial
+from typing import ClassVar
 
 import plotly.graph_objects as go
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 from lib.display.speed import training_speed
 from tests import bench_measure, bench_peers, bench_training
-from tests.bench_measure import Floor, Setup, Start, adam_bytes, gather_bytes, in_turns, planted
+from tests.bench_measure import Floor, Racer, Setup, Start, adam_bytes, gather_bytes, planted
 from tests.bench_peers import LIBRARIES, Ours, OursInFloat32
 from tests.small_fits import screening
 
@@ -240,6 +243,20 @@ class Broken:
             raise RuntimeError("gave up\nsecond line")
 
 
+class RacerHere:
+    """A racer in this process."""
+
+    threads: ClassVar[list[int]] = []
+
+    def __init__(self, library, setup, threads):
+        assert threads == torch.get_num_threads()
+        self.threads.append(threads)
+        self.turn = partial(next, bench_training.turns(library, setup))
+
+    def close(self):
+        pass
+
+
 @pytest.fixture
 def small_bench(monkeypatch, tmp_path):
     """The whole benchmark on tiny setups, its subprocesses as calls; without a browser."""
@@ -259,11 +276,8 @@ def small_bench(monkeypatch, tmp_path):
         "in_its_own_process",
         lambda library, setup, threads: bench_training.alone(library, setup),
     )
-    monkeypatch.setattr(
-        bench_training,
-        "in_turns",
-        lambda library, setup, threads: bench_training.turns(library, setup),
-    )
+    monkeypatch.setattr(bench_training, "Racer", RacerHere)
+    RacerHere.threads.clear()
     monkeypatch.setattr(bench_training.bench_harvest, "measure", lambda: {"ratio": 1.1})
     drawn = []
     monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: drawn.append(path))
@@ -281,6 +295,7 @@ def test_everything_is_written(small_bench, capsys):
     assert (folder / "bench.html").exists() and drawn == [folder / "bench.png"]
     assert found["machine"]["threads"] == 1 and found["harvest"] == {"ratio": 1.1}
     assert [s["name"] for s in found["setups"]] == [s.name for s in SETUPS.values()]
+    assert RacerHere.threads == [1] * 2 * len(SETUPS) + [2] * 2 * len(SETUPS)
     again = [f"{s.name}, 2 threads" for s in SETUPS.values()]
     assert [s["name"] for s in found["more_threads"]] == again
     for result in found["setups"] + found["more_threads"]:
@@ -316,25 +331,42 @@ def test_our_own_errors_are_raised(small_bench, monkeypatch):
 
 
 def test_a_library_takes_its_turns_in_a_process_of_its_own():
-    first, *steps, last = in_turns("lib", SETUP, 1)
-    assert first == {"note": ""} and last["error"] == "exit code 0"  # nobody asked for more
-    *steps, judged = steps
-    assert len(steps) == bench_measure.WARM_UP + SETUP.steps
-    assert all(0 < step["seconds"] < 60 for step in steps)
-    assert judged == list(bench_training.turns("lib", SETUP))[-1]
-    assert next(in_turns("nobody", SETUP, 1)) == {"error": "KeyError: 'nobody'"}
+    here, there = bench_training.turns("lib", SETUP), Racer("lib", SETUP, 1)
+    assert there.turn() == next(here) == {"note": ""}
+    for _ in range(bench_measure.WARM_UP + SETUP.steps):
+        assert 0 < there.turn()["seconds"] < 60 and next(here)["seconds"] > 0
+    assert there.turn() == pytest.approx(next(here), rel=1e-5)
+    assert there.turn() == {"error": "exit code 0"}  # nobody should have asked for more
+    there.close()
+    stranger = Racer("nobody", SETUP, 1)
+    assert stranger.turn() == {"error": "KeyError: 'nobody'"}
+    stranger.close()
 
 
-def test_a_library_that_dies_says_so_and_one_that_is_left_is_ended(monkeypatch):
-    for code, answers in (("import os; os._exit(9)", 0), ("print(1, flush=True); input()", 1)):
-        monkeypatch.setattr(bench_measure, "_command", lambda *_, c=code: [sys.executable, "-c", c])
-        racer = in_turns("lib", SETUP, 1)
-        assert [next(racer) for _ in range(answers)] == answers * [1]
-        if not answers:
-            assert next(racer) == {"error": "exit code 9"}
-        process = racer.gi_frame.f_locals["process"]
-        racer.close()
-        assert process.poll() is not None
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_library_that_dies_says_so(monkeypatch, answers):
+    code = f"import os; {'print(1, flush=True); ' * answers}os._exit(9)"
+    monkeypatch.setattr(bench_measure, "_command", lambda *_: [sys.executable, "-c", code])
+    racer = Racer("lib", SETUP, 1)
+    racer.process.wait()
+    assert [racer.turn() for _ in range(answers + 1)] == answers * [1] + [{"error": "exit code 9"}]
+    racer.close()
+
+
+def test_racers_are_ended_when_ours_fails(small_bench, monkeypatch):
+    started = []
+
+    def racer(library, setup, threads):
+        code = "import time; " + ("" if library == "lib" else "time.sleep(600)")
+        with monkeypatch.context() as patch:
+            patch.setattr(bench_measure, "_command", lambda *_: [sys.executable, "-c", code])
+            started.append(Racer(library, setup, threads))
+        return started[-1]
+
+    monkeypatch.setattr(bench_training, "Racer", racer)
+    with pytest.raises(RuntimeError, match="exit code 0"):
+        bench_training.race(SETUP)
+    assert [racer.process.poll() for racer in started] == [0, -signal.SIGKILL]
 
 
 def test_figure_shows_what_it_is_given():

@@ -26,6 +26,7 @@ from tests.small_fits import (
     same,
     screening,
     stopped_and_resumed,
+    trained,
     trainee,
     watched,
 )
@@ -282,3 +283,14 @@ def test_only_large_products_in_float32_on_such_a_cpu_are_screened(monkeypatch):
     with screening() as scans:
         trainee(SPARSE["topk"], dtype="bfloat16").step(0, planted(1)[0])
     assert not scans
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("name", SPARSE)
+def test_training_runs_where_torch_must_be_deterministic(name, on):
+    torch.use_deterministic_algorithms(True)
+    try:
+        with screening(on):
+            trained(SPARSE[name], 2)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -143,9 +143,9 @@ def test_largest_are_topks(dtype):
 @pytest.mark.parametrize("k", [1, 3, 100])
 def test_largest_of_runs_are_topks(k):
     """Of no, one, few and many values, and of equal ones."""
-    for n in (0, 1, 7, 300):
+    for n in (0, 1, 7, 13, 300):  # after 12 and of 1 the last is empty
         offsets = starts_of(torch.arange(n) % 12)
-        for kind in ("plain", "ties", "negative"):
+        for kind in ("plain", "ties", "negative", "-inf"):
             values = drawn(int(offsets[-1]), 3, kind)[:, 0]
             found = largest_of_runs(values, offsets, k)
             assert (found.diff() > 0).all()

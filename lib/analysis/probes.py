@@ -63,7 +63,7 @@ class SparseFeatures:
         """Sum over tokens of `features ** power · r`."""
         order, starts = self.acts.by_latent
         return embedding_bag(
-            self.acts.rows[order],
+            self.acts.rows_by_latent,
             r.contiguous(),
             starts,
             mode="sum",

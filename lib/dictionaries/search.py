@@ -8,7 +8,6 @@ found is what a product in float32 would have shown, but for the order of its su
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -188,5 +187,6 @@ def _pairs(
 ) -> SparseActs:
     """At `places` along the rows of n tokens, which ascend from row to row."""
     ends = d_sae * torch.arange(n + 1, device=places.device)
-    pairs = SparseActs(places, values, torch.searchsorted(places, ends), d_sae)
-    return replace(pairs, indices=places - d_sae * pairs.rows)
+    offsets = torch.searchsorted(places, ends)
+    starts = ends[:-1].repeat_interleave(offsets.diff(), output_size=len(places))
+    return SparseActs(places - starts, values, offsets, d_sae)

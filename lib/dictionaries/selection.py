@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Bool, Float, Int
+from jaxtyping import BFloat16, Bool, Float, Float32, Int
 from torch import Tensor
 
 
@@ -89,7 +89,7 @@ def largest(values: Float[Tensor, "m"], count: int) -> Int[Tensor, "count"]:
 
 
 def largest_of_runs(
-    values: Float[Tensor, "nnz"], offsets: Int[Tensor, "n_plus_1"], k: int
+    values: Float32[Tensor, "nnz"], offsets: Int[Tensor, "n_plus_1"], k: int
 ) -> Int[Tensor, "few"]:
     """Places of the k largest values (all, where there are fewer) of each run, ascending.
 

@@ -98,7 +98,7 @@ class LatentRecord:
         """The matrix by latent; sorted at the first call, then kept."""
         acts = self.acts
         order, starts = acts.by_latent
-        return Columns(acts.rows[order], self.values[order], starts)
+        return Columns(acts.rows_by_latent, self.values[order], starts)
 
     def active(self, latent: int) -> tuple[Int[Tensor, " fired"], Float[Tensor, " fired"]]:
         """The tokens on which `latent` fires, and its values there."""

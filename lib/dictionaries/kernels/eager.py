@@ -174,4 +174,4 @@ def dots_at(
     order, starts = active.by_latent  # rows of `right` are read once, those of `left` from cache
     places = active.rows_by_latent, starts[:-1], active.indices.index_select(0, order), 0
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(right, left, *places)
-    return torch.empty_like(dots).put_(order, dots)
+    return torch.empty_like(dots).index_copy_(0, order, dots)
