@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 # Waiting threads sleep: on a busy machine, spinning makes small tensor operations seven times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test chromium lab bench bench-gpu bench-all peers lint models saes figures clean
+.PHONY: demo test chromium lab resolve bench bench-gpu bench-all peers lint models saes figures clean
 
 demo: .venv/installed-$(EXTRAS)
 	@for notebook in $(NOTEBOOKS); do \
@@ -35,6 +35,15 @@ chromium:
 
 lab: .venv/installed-$(EXTRAS)
 	$(BIN)/jupyter lab notebooks
+
+# Asks the index whether the constraints fit the published wheels; downloads metadata, installs only uv.
+resolve: .venv/installed-$(EXTRAS)
+	$(BIN)/python -m pip install --quiet uv
+	@for version in 3.11 3.12 3.13; do \
+	  $(BIN)/uv pip compile --quiet --no-config --output-file /dev/null --constraint constraints.txt \
+	    --extra dev --extra bench --python-version $$version --python-platform x86_64-manylinux_2_28 \
+	    pyproject.toml && echo "Python $$version: constraints fit" || exit 1; \
+	done
 
 # Training beside its peers and its floor: prints a table, writes figures/bench.json and its plot.
 bench: peers

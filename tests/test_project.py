@@ -8,9 +8,11 @@ import sys
 import tomllib
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from lib import paths
 
@@ -19,6 +21,7 @@ PACKAGES = (
     "torch triton transformers peft trl transformer-lens sae-lens nnsight jupyterlab papermill "
     "ipywidgets plotly circuitsvis datasets safetensors openai nbmake"
 ).split()
+PYTHONS = ("3.11", "3.12", "3.13")
 LAYERS = (
     "paths runtime", "data", "models", "activations", "dictionaries", "spalf adapters", "latents",
     "analysis", "display",
@@ -39,7 +42,6 @@ def constraints() -> dict[str, Requirement]:
 
 def test_packages_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == ">=3.11"
     needed = requirements(project["dependencies"])
     assert set(PACKAGES) <= set(needed)
     pinned = constraints()
@@ -51,10 +53,36 @@ def test_packages_agree():
     assert set(project["optional-dependencies"]) == {"dev", "tracking", "cluster", "bench", "gpu"}
 
 
+def test_versions_of_python_are_stated_once():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    supported = [line.rpartition(" ")[2] for line in project["classifiers"]]
+    assert supported == list(PYTHONS)
+    assert project["requires-python"] == f">={PYTHONS[0]}"
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert conda[0] == f"python={PYTHONS[1]}"
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_constraints_fit_the_published_torch(python):
+    """A local build of torch may require less, and hide a conflict."""
+    published = (ROOT / "tests" / "torch_requires.txt").read_text().splitlines()
+    pinned, linux = constraints(), {"platform_system": "Linux", "python_version": python}
+    assert published[0] == f"# torch{pinned['torch'].specifier}"
+    assert Version(torch.__version__).public == Version(published[0].rpartition("=")[2]).public
+    needed = requirements(published[1:])
+    assert needed["triton"].specifier  # else this checks nothing
+    for name, requirement in needed.items():
+        if requirement.marker and not requirement.marker.evaluate(linux):
+            continue
+        if name in pinned:
+            version = str(pinned[name].specifier).removeprefix("==")
+            assert requirement.specifier.contains(version), f"{requirement} but {version}"
+
+
 def test_conda_environment_agrees():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *conda, pip = environment["dependencies"]
-    assert conda == ["python=3.11", "pip"]
+    assert conda == [f"python={PYTHONS[1]}", "pip"]
     assert pip["pip"] == ["--constraint constraints.txt", *PACKAGES, "--editable .[dev]"]
 
 
