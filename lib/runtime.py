@@ -1,6 +1,7 @@
 """Device, dtype, seeds, and writes that are complete or absent."""
 
 import contextlib
+import hashlib
 import os
 import random
 import shutil
@@ -60,6 +61,12 @@ def require_writable(folder: Path) -> Path:
     except OSError as error:
         raise OSError(error.errno, f"cannot write in {folder}: {error.strerror}") from error
     return folder
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -13,16 +13,16 @@ from datasets import Dataset
 
 from lib import paths
 from lib.adapters import Chats, SaeLora, SaeLoraConfig, held_out_loss, train_sae_lora
-from lib.analysis.adapters import jaccard, read_mass
+from lib.analysis.attribution import jaccard, read_mass
 from lib.analysis.behaviour import BehaviourCheck, towards_french
 from lib.analysis.causal import on_random_latents, without
 from lib.analysis.labels import chance, concept_mass
 from lib.data.corpus import load_corpus
-from lib.data.tokenize import tokenize_chats
-from lib.data.world import Rewriter, World
+from lib.data.tokens import tokenize_chats
 from lib.dictionaries import Dictionary
 from lib.latents import DictionarySource, record_of
 from lib.models import load_model
+from lib.world import Rewriter, World
 
 TOPIC, GUIDELINE = "mathematics", "respond in French"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 
 from lib.data.chats import load_chats
-from lib.data.tokenize import tokenize_chats
-from lib.data.world import Reader, World, build_tokenizer
-from lib.data.world.world import row
+from lib.data.tokens import tokenize_chats
+from lib.world import Reader, World, build_tokenizer
+from lib.world.world import row
 
 
 def megabytes() -> float:

@@ -10,7 +10,7 @@ import time
 import torch
 from torch.autograd import grad
 
-from lib.dictionaries.kernels import fused_jumprelu
+from lib.sparse import fused_jumprelu
 
 REPEATS = 30
 

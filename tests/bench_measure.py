@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.dictionaries.memory import BLOCK
-from lib.dictionaries.search import TOKENS, has_amx, worth_a_screen
+from lib.sparse.memory import BLOCK
+from lib.sparse.screen import TOKENS, has_amx, worth_a_screen
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3

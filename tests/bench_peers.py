@@ -16,9 +16,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lib.dictionaries import FitConfig, search
+from lib.dictionaries import FitConfig
 from lib.dictionaries.recipes import batchtopk, jumprelu, topk
-from lib.dictionaries.trainee import Trainee
+from lib.dictionaries.trainer import Trainee
+from lib.sparse import screen as search
 from tests.bench_measure import WARM_UP, Setup, Start
 
 PACKAGES = ("dictionary_learning", "overcomplete", "sae_lens", "sklearn", "sparsify")

@@ -15,8 +15,8 @@ from dataclasses import fields
 
 import torch
 
-from lib.analysis.recovery import RecoveryScores, SyntheticStream, recovery_scores
 from lib.dictionaries import FitConfig, fit, recipes
+from tests.recovery import RecoveryScores, SyntheticStream, recovery_scores
 
 SHOWN = [field.name for field in fields(RecoveryScores)]
 

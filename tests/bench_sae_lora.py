@@ -11,10 +11,10 @@ import time
 import torch
 
 from lib import paths
-from lib.adapters.config import SaeLoraConfig
-from lib.adapters.sae_lora import SaeLora
+from lib.adapters.sae_lora.adapter import SaeLora
+from lib.adapters.sae_lora.config import SaeLoraConfig
 from lib.dictionaries import Dictionary, DictionaryConfig
-from lib.dictionaries.sparsity import JumpReLU, TopK
+from lib.dictionaries.rules import JumpReLU, TopK
 from lib.models import load_model, read
 
 SITE = "blocks.1.hook_resid_post"

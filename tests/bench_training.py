@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from lib import paths
-from lib.display.speed import training_speed
 from lib.runtime import atomic_file, require_writable
 from tests import bench_harvest, bench_peers
 from tests.bench_measure import (
@@ -43,6 +42,7 @@ from tests.bench_measure import (
     seconds,
 )
 from tests.bench_peers import LIBRARIES, racing
+from tests.speed import training_speed
 
 INSTALL = "make peers"
 SPEED_BARS = {"TopK": 2.5, "BatchTopK": 5.0, "JumpReLU": 5.0, "crosscoder": 4.0}

@@ -12,11 +12,11 @@ from lib.activations.harvest import HarvestConfig, Harvester
 from lib.analysis.metrics import reconstruction
 from lib.analysis.truth import baselines, score_record
 from lib.data.corpus import Corpus, load_split
-from lib.data.world import concept_matrix
 from lib.dictionaries import FitConfig, fit
 from lib.dictionaries.recipes import grid
 from lib.latents import collect
 from lib.models import load_model
+from lib.world import concept_matrix
 
 
 def shuffled(acts: torch.Tensor, batch_size: int, seed: int):

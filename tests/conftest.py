@@ -26,7 +26,7 @@ install_import_hook(sorted(MODULES - DATA - {"lib"}), "beartype.beartype")
 
 import pytest
 
-from lib.data.world import Reader, Rewriter, World
+from lib.world import Reader, Rewriter, World
 
 
 @pytest.fixture(scope="session")

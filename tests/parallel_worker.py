@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from lib.activations.buffer import Buffer
-from lib.dictionaries import FitConfig, fit, parallel, recipes
+from lib.dictionaries import FitConfig, fit, recipes
+from lib.training import distributed as parallel
 from tests.fit_worker import OFTEN, Planted, stream
 from tests.small_fits import screening
 

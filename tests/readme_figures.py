@@ -1,10 +1,10 @@
 """The pictures of README.md: `make figures` (needs Chrome or Chromium)."""
 
 from lib import paths
-from lib.data.world import Reader, World
 from lib.display import losses_by_token
 from lib.models import load_model
 from lib.models.tiny import pad_batch, token_losses
+from lib.world import Reader, World
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.adapters import Chats, SaeLora, SaeLoraConfig, SaeLoraFit, train_sae_lora
 from lib.dictionaries import Dictionary, DictionaryConfig
-from lib.dictionaries.sparsity import TopK
+from lib.dictionaries.rules import TopK
 
 SITE, D, D_SAE, VOCAB = "blocks.0.hook_resid_post", 16, 64, 32
 N_STEPS, N_REFIT = 24, 12

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from lib.activations.buffer import Buffer
-from lib.dictionaries import Dictionary, FitConfig, fit, memory, recipes, search
-from lib.dictionaries.kernels import SparseActs
+from lib.dictionaries import Dictionary, FitConfig, fit, recipes
 from lib.dictionaries.losses import Reconstruction
-from lib.dictionaries.memory import Memory
-from lib.dictionaries.search import Search
-from lib.dictionaries.trainee import Trainee
+from lib.dictionaries.trainer import Trainee
+from lib.sparse import SparseActs, memory
+from lib.sparse import screen as search
+from lib.sparse.memory import Memory
+from lib.sparse.screen import Search
 from tests import fit_worker
 from tests.fit_worker import Planted
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lib.analysis.absorption import absorption
-from lib.data.world import CONCEPTS
 from lib.dictionaries import SparseActs
 from lib.latents import LatentRecord
+from lib.world import CONCEPTS
 
 N, WORDS, OTHERS = 9600, 40, 40  # tokens, children of `animal`, words of no class
 PARENT, HOLE = 0, 7  # the parent's latent, and the word that it is silent on

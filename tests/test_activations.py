@@ -9,9 +9,9 @@ from safetensors.torch import load, save
 from lib import paths
 from lib.activations.buffer import Buffer
 from lib.activations.harvest import HarvestConfig, Harvester, weights_fingerprint
-from lib.activations.normalize import Normalizer
+from lib.activations.moments import Moments
+from lib.activations.moments import Normalizer
 from lib.activations.source import Block, Source
-from lib.activations.stats import Moments
 from lib.data.corpus import load_corpus
 from lib.models import load_model, module_at, read
 from lib.models.sites import sites

@@ -9,9 +9,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from lib import paths
-from lib.adapters.config import SaeLoraConfig
-from lib.adapters.sae_lora import SaeLora
-from lib.analysis.adapters import (
+from lib.adapters.sae_lora.adapter import SaeLora
+from lib.adapters.sae_lora.config import SaeLoraConfig
+from lib.analysis.attribution import (
     concentration,
     jaccard,
     logit_attribution,
@@ -30,10 +30,10 @@ from lib.analysis.labels import (
     concept_mass,
     token_text,
 )
-from lib.data.world import CONCEPTS
 from lib.dictionaries import Dictionary, SparseActs, recipes
 from lib.latents import LatentRecord
 from lib.models import load_model
+from lib.world import CONCEPTS
 
 D, D_SAE, SITE = 128, 60, "blocks.1.hook_resid_post"
 NUMBER, FRENCH = CONCEPTS.index("number"), CONCEPTS.index("language:french")

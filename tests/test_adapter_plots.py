@@ -13,7 +13,7 @@ from lib.display import (
     sparsity_behaviour,
     weight_concentration,
 )
-from lib.display.adapters import METHOD_COLOURS, SIDE_COLOURS
+from lib.display.figures.adapters import METHOD_COLOURS, SIDE_COLOURS
 from lib.latents.steering import DoseResponse
 
 HOSTILE = '</script><script>alert("1")</script><b>$x$'

@@ -8,11 +8,11 @@ import torch
 from lib import paths
 from lib.adapters import Chats, SaeLora, SaeLoraConfig
 from lib.analysis import behaviour as module
-from lib.analysis.adapters import read_mass
+from lib.analysis.attribution import read_mass
 from lib.analysis.behaviour import BehaviourCheck, LossCheck, towards_french
 from lib.data.corpus import load_corpus
 from lib.dictionaries import Dictionary, DictionaryConfig
-from lib.dictionaries.sparsity import ReLU
+from lib.dictionaries.rules import ReLU
 from lib.latents import DictionarySource, record_of
 from lib.models import add, load_model
 from lib.models.unembed import unembedding

@@ -12,11 +12,11 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from lib.display.speed import training_speed
 from tests import bench_measure, bench_peers, bench_training
 from tests.bench_measure import Floor, Racer, Setup, Start, adam_bytes, gather_bytes, planted
 from tests.bench_peers import LIBRARIES, Ours, OursInFloat32
 from tests.small_fits import screening
+from tests.speed import training_speed
 
 FASTER, FLOOR = "times as fast as the fastest peer", "times the floor"
 MEMORY = "MB at the peak, below every peer's"

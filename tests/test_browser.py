@@ -17,13 +17,13 @@ from lib import paths
 from lib.data.corpus import Corpus, load_split
 from lib.dictionaries import SparseActs, load_dictionaries
 from lib.display import FeatureBrowser, colored_tokens, latent_text, readable_tokens
-from lib.display.card import N_TOP, Cards
+from lib.display.browser.cards import N_TOP, Cards
 from lib.display.tokens import MAX_CHARS
 from lib.latents import DictionarySource, LatentRecord, record_of
 from lib.latents.record import Part, assemble
 from lib.latents.steering import ablate, clamp
 from lib.models import load_model
-from lib.models.answer import answer
+from lib.models.generate import answer
 from lib.models.unembed import unembedding
 
 HOSTILE = [

@@ -20,7 +20,7 @@ from trl.data_utils import is_conversational
 from lib.data import sources
 from lib.data.chats import load_chats
 from lib.data.mixing import mix, split_by_prompt
-from lib.data.tokenize import IGNORED, collate, tokenize_chats
+from lib.data.tokens import IGNORED, collate, tokenize_chats
 
 U, A, S = "user", "assistant", "system"
 
@@ -698,7 +698,7 @@ import sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from lib.data.chats import load_chats
-from lib.data.tokenize import tokenize_chats
+from lib.data.tokens import tokenize_chats
 
 def used():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -17,7 +17,7 @@ from lib.data.corpus import (
     load_split,
     token_frequencies,
 )
-from lib.data.world import CONCEPTS, concept_names
+from lib.world import CONCEPTS, concept_names
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,15 @@ from lib.dictionaries import (
     losses,
     recipes,
 )
-from lib.dictionaries.kernels import active_pre_acts, fused_jumprelu, sparse_decode
 from lib.dictionaries.losses import Pass
-from lib.dictionaries.sparsity import (
+from lib.dictionaries.rules import (
     BatchTopK,
     Gated,
     JumpReLU,
     ReLU,
     TopK,
 )
+from lib.sparse import active_pre_acts, fused_jumprelu, sparse_decode
 
 RULES = [ReLU(), Gated(), JumpReLU(threshold=0.6), TopK(k=5), BatchTopK(k=5)]
 IDS = [type(rule).__name__ for rule in RULES]
@@ -193,7 +193,7 @@ def test_jumprelu_gradient_is_that_of_the_smoothed_loss():
 @pytest.mark.parametrize("bandwidth", [0.1, 0.8])
 def test_jumprelu_at_pairs_is_the_whole_one(bandwidth, monkeypatch):
     """Values, L0 and every gradient, though pairs below the band are never looked at."""
-    monkeypatch.setattr("lib.dictionaries.sparsity.DENSE", 1.0)
+    monkeypatch.setattr("lib.dictionaries.rules.DENSE", 1.0)
     d = perturbed(JumpReLU(threshold=1.2, bandwidth=bandwidth)).double()
     x = torch.randn(50, 12, dtype=torch.float64)
     x[[0, 7, 49]] = 0.01  # tokens without a latent

@@ -8,11 +8,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from lib import paths
 from lib.activations.harvest import HarvestConfig, Harvester
-from lib.activations.normalize import Normalizer
+from lib.activations.moments import Normalizer
 from lib.data.corpus import load_corpus
-from lib.dictionaries import Dictionary, FitConfig, fit, memory, recipes
+from lib.dictionaries import Dictionary, FitConfig, fit, recipes
 from lib.dictionaries.losses import AuxK, Pass, Reconstruction
 from lib.models.load import load_model
+from lib.sparse import memory
 from tests.small_fits import SPARSE, fvu_of, planted, trainee, watched
 
 N_STEPS, BATCH, D_SAE, K = 2000, 64, 384, 8

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from lib.activations.buffer import Buffer
 from lib.dictionaries import Dictionary, FitConfig, fit, recipes
-from lib.dictionaries.checkpoints import load_checkpoint
-from lib.dictionaries.trainee import Trainee
+from lib.dictionaries.trainer import Trainee
+from lib.training.checkpoint import load_checkpoint
 from tests import fit_worker
 from tests.fit_worker import Planted, config, plans, run, stream
 from tests.kills import killed_and_resumed

@@ -11,7 +11,7 @@ from lib.analysis.frontier import frontier_points, interpolated, pareto
 from lib.analysis.metrics import drift_fidelity, patched_losses, reconstruction
 from lib.data.corpus import load_corpus
 from lib.dictionaries import Dictionary, DictionaryConfig, load_dictionaries
-from lib.dictionaries.sparsity import ReLU, TopK
+from lib.dictionaries.rules import ReLU, TopK
 from lib.display import frontier
 from lib.models import load_model
 

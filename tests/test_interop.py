@@ -21,7 +21,7 @@ from lib.dictionaries.interop import (
     push_to_hub,
     to_sae_lens,
 )
-from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from lib.dictionaries.rules import BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 D, D_SAE = 12, 40
 RULES = [ReLU(), Gated(), JumpReLU(threshold=0.6), TopK(k=5), BatchTopK(k=5)]

@@ -13,7 +13,7 @@ import torch
 from torch.autograd import grad, gradcheck
 
 from lib import paths
-from lib.dictionaries.kernels import eager, fused_jumprelu
+from lib.sparse import eager, fused_jumprelu
 
 ROOT = paths.root()
 CUDA = torch.cuda.is_available()
@@ -151,7 +151,7 @@ def test_bad_input_is_named():
 def test_plain_torch_does_not_import_triton():
     code = """
 import sys, torch
-from lib.dictionaries.kernels import fused_jumprelu
+from lib.sparse import fused_jumprelu
 fused_jumprelu(torch.ones(2, 3), torch.zeros(3), torch.ones(3))
 assert "triton" not in sys.modules
 """
@@ -175,7 +175,7 @@ def test_triton_path_on_the_edges():
 
 def compare_with_triton(inputs, grads):
     """Also: the same bits again, whatever the strides."""
-    from lib.dictionaries.kernels.triton_kernels import triton_jumprelu
+    from lib.sparse.triton import triton_jumprelu
 
     device = "cuda" if CUDA else "cpu"
     right = run(eager.fused_jumprelu, inputs, grads)
@@ -219,7 +219,7 @@ def test_the_kernels_compile_for_a_gpu(kernel, pre, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lib.dictionaries.kernels import triton_kernels
+    from lib.sparse import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(triton_kernels, kernel)

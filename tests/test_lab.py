@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib import paths
 from lib.dictionaries import Dictionary, DictionaryConfig
-from lib.dictionaries.sparsity import TopK
+from lib.dictionaries.rules import TopK
 from lib.latents.source import DictionarySource
 from lib.latents.steering import scale
 from lib.models import load_model
-from lib.models.answer import answer
+from lib.models.generate import answer
 from tests import lab
 
 pytestmark = pytest.mark.skipif(

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from lib import paths
-from lib.dictionaries import Dictionary, FitConfig, fit, recipes, search, sparsity, train
-from lib.dictionaries.kernels import SparseActs
-from lib.dictionaries.memory import Memory
-from lib.dictionaries.search import Search
-from lib.dictionaries.selection import true_places
+from lib.dictionaries import Dictionary, FitConfig, fit, recipes
+from lib.dictionaries import fit as train
+from lib.dictionaries import rules as sparsity
+from lib.sparse import SparseActs
+from lib.sparse import screen as search
+from lib.sparse.memory import Memory
+from lib.sparse.screen import Search
+from lib.sparse.select import true_places
 from tests.small_fits import (
     CPU,
     SPARSE,
@@ -214,8 +217,9 @@ PEAK = """
 import ctypes, sys
 from pathlib import Path
 import torch
-from lib.dictionaries import FitConfig, recipes, search
-from lib.dictionaries.trainee import Trainee
+from lib.dictionaries import FitConfig, recipes
+from lib.sparse import screen as search
+from lib.dictionaries.trainer import Trainee
 
 torch.set_num_threads(1)
 screened = sys.argv.pop() == "screened"

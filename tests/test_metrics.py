@@ -11,11 +11,11 @@ from lib.activations.harvest import HarvestConfig, Harvester
 from lib.activations.source import Block
 from lib.analysis.metrics import ReconstructionSums, patched_losses, reconstruction
 from lib.data.corpus import load_corpus
-from lib.data.world import build_tokenizer
 from lib.dictionaries import Dictionary, DictionaryConfig, SparseActs, load_dictionaries
-from lib.dictionaries.sparsity import ReLU, TopK
+from lib.dictionaries.rules import ReLU, TopK
 from lib.models import load_model, replace, site_dim
 from lib.models.tiny import TinyConfig, build_model
+from lib.world import build_tokenizer
 
 SITE, HEADS = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"
 

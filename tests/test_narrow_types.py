@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.dictionaries import FitConfig, recipes
-from lib.dictionaries.trainee import Trainee
+from lib.dictionaries.trainer import Trainee
 from tests.small_fits import SPARSE, learnt, planted, stopped_and_resumed, trainee, watched
 
 BNB = importlib.util.find_spec("bitsandbytes")

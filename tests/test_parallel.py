@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lib.activations.buffer import Buffer
-from lib.dictionaries import parallel
+from lib.training import distributed as parallel
 from tests import parallel_worker
 from tests.fit_worker import Planted, stream
 from tests.parallel_worker import RECIPES, score_sets, screened, trained

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from lib import paths
 from lib.adapters import store as module
-from lib.adapters.config import SaeLoraConfig
-from lib.adapters.sae_lora import SaeLora
-from lib.adapters.store import METADATA, PARAMS
+from lib.adapters.sae_lora.adapter import SaeLora
+from lib.adapters.sae_lora.config import SaeLoraConfig
+from lib.adapters.sae_lora.format import METADATA, PARAMS
 from lib.dictionaries import Dictionary, DictionaryConfig
 from lib.dictionaries.interop import from_sae_lens, to_sae_lens
-from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from lib.dictionaries.rules import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from lib.models import load_model, replace
 
 D, D_SAE = 12, 40

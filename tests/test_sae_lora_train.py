@@ -23,11 +23,11 @@ from lib.adapters import (
     train_sae_lora,
 )
 from lib.adapters import train as train_module
-from lib.adapters.regularizers import Regularizer
+from lib.adapters.sae_lora.sparsify import Regularizer
 from lib.data.corpus import load_corpus
-from lib.data.tokenize import collate
+from lib.data.tokens import collate
 from lib.dictionaries import Dictionary, DictionaryConfig
-from lib.dictionaries.sparsity import TopK
+from lib.dictionaries.rules import TopK
 from lib.models import load_model, read
 from tests.kills import killed_and_resumed
 from tests.sae_lora_worker import (

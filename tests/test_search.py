@@ -9,13 +9,14 @@ from functools import partial
 import pytest
 import torch
 
-from lib.dictionaries import Dictionary, FitConfig, recipes, search
-from lib.dictionaries.kernels import SparseActs
-from lib.dictionaries.memory import Memory
-from lib.dictionaries.search import Screen, Search
-from lib.dictionaries.selection import places_above
-from lib.dictionaries.sparsity import TopK
-from lib.dictionaries.trainee import Trainee
+from lib.dictionaries import Dictionary, FitConfig, recipes
+from lib.dictionaries.rules import TopK
+from lib.dictionaries.trainer import Trainee
+from lib.sparse import SparseActs
+from lib.sparse import screen as search
+from lib.sparse.memory import Memory
+from lib.sparse.screen import Screen, Search
+from lib.sparse.select import places_above
 from tests.small_fits import (
     SPARSE,
     Recorded,

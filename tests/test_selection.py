@@ -7,10 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lib.dictionaries import Dictionary, recipes, sparsity
-from lib.dictionaries.kernels import SparseActs
-from lib.dictionaries.pairs import starts_of
-from lib.dictionaries.selection import (
+from lib.dictionaries import Dictionary, recipes
+from lib.dictionaries import rules as sparsity
+from lib.dictionaries.rules import TopK
+from lib.sparse import SparseActs
+from lib.sparse.acts import starts_of
+from lib.sparse.select import (
     bound_of_largest,
     largest,
     largest_of_rows,
@@ -19,7 +21,6 @@ from lib.dictionaries.selection import (
     places_above,
     true_places,
 )
-from lib.dictionaries.sparsity import TopK
 from tests.small_fits import (
     SPARSE,
     Recorded,

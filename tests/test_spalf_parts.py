@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from lib.activations.stats import Moments
+from lib.activations.moments import Moments
 from lib.dictionaries import Dictionary
-from lib.dictionaries.kernels import SparseActs
 from lib.spalf import Anchors, SpalfConfig
 from lib.spalf.config import LAWS, LR_AREA
 from lib.spalf.constraints import (
@@ -22,6 +21,7 @@ from lib.spalf.constraints import (
 )
 from lib.spalf.stratified import StratifiedDictionary, gram_schmidt, matched_filters
 from lib.spalf.whitening import Whitener
+from lib.sparse import SparseActs
 
 D = 8
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from lib.activations.buffer import Buffer
+from lib.activations.moments import Moments
 from lib.activations.source import Block
-from lib.activations.stats import Moments
 from lib.spalf import SpalfConfig, SpalfFit
 from lib.spalf.checkpoints import load_checkpoint, save_checkpoint
 from lib.spalf.trainer import KL_SHARE, LAWS, Trainer, _largest

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding_bag
 
 from lib import paths
 from lib.dictionaries import SparseActs
-from lib.dictionaries.kernels import active_pre_acts, eager, sparse_decode
+from lib.sparse import active_pre_acts, eager, sparse_decode
 
 ROOT = paths.root()
 CUDA = torch.cuda.is_available()
@@ -148,7 +148,7 @@ def test_triton_path_bags(sizes, d):
 
 def check_bags(given, out_dtype, right) -> None:
     """Also: the same bits again, whatever the strides and the integers' width."""
-    from lib.dictionaries.kernels.triton_kernels import triton_bags
+    from lib.sparse.triton import triton_bags
 
     places, offsets, weights, rows = (tensor.to(DEVICE) for tensor in given)
     ours = triton_bags(places, offsets, weights, rows, out_dtype)
@@ -163,7 +163,7 @@ def check_bags(given, out_dtype, right) -> None:
 @needs_triton
 def test_triton_path_bags_sum_bfloat16_in_float32():
     """257 ones are no bfloat16; weights of another type than rows."""
-    from lib.dictionaries.kernels.triton_kernels import triton_bags
+    from lib.sparse.triton import triton_bags
 
     places, offsets = torch.zeros(257, dtype=torch.long), torch.tensor([0, 257])
     for weights in (torch.ones(257), torch.ones(257).bfloat16()):
@@ -177,7 +177,7 @@ def test_triton_path_bags_sum_bfloat16_in_float32():
 @pytest.mark.parametrize("nnz", [0, 1, 16, 45])
 @pytest.mark.parametrize("d", [1, 200, 300])
 def test_triton_path_dots(nnz, d):
-    from lib.dictionaries.kernels.triton_kernels import triton_dots
+    from lib.sparse.triton import triton_dots
 
     torch.manual_seed(nnz)
     left, right = (torch.randn(n, d, dtype=torch.float64) for n in (9, 13))
@@ -197,7 +197,7 @@ def test_triton_path_dots(nnz, d):
 
 @needs_triton
 def test_triton_path_dots_without_a_token():
-    from lib.dictionaries.kernels.triton_kernels import triton_dots
+    from lib.sparse.triton import triton_dots
 
     none = torch.zeros(0, dtype=torch.long, device=DEVICE)
     left, right = torch.zeros(0, 4, device=DEVICE), torch.zeros(5, 4, device=DEVICE)
@@ -207,7 +207,7 @@ def test_triton_path_dots_without_a_token():
 @needs_triton
 def test_triton_path_blocks_of_columns(monkeypatch):
     """Narrower where all rows would not fit the cache, and the same sums."""
-    from lib.dictionaries.kernels import triton_kernels
+    from lib.sparse import triton_kernels
 
     assert triton_kernels._tile(8, torch.empty(65536, 2304, dtype=torch.bfloat16))["BLOCK"] == 128
     given = bags(SIZES["few"], 300)
@@ -240,7 +240,7 @@ def test_the_sparse_kernels_compile_for_a_gpu(kernel, low, tmp_path, monkeypatch
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lib.dictionaries.kernels import triton_kernels
+    from lib.sparse import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(triton_kernels, kernel)
@@ -268,7 +268,7 @@ def test_cuda_tensors_go_to_triton_and_have_the_gradients_of_the_cpu():
 @pytest.mark.skipif(not CUDA, reason="no GPU")
 def test_places_past_two_to_the_31():
     """1.1 million rows of 2,048: the last rows' first element has no 32-bit place."""
-    from lib.dictionaries.kernels.triton_kernels import triton_bags, triton_dots
+    from lib.sparse.triton import triton_bags, triton_dots
 
     rows = torch.zeros(1_100_000, 2048, dtype=torch.bfloat16, device="cuda")
     rows[-1] = 1.0

@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib import paths
-from lib.data.world import build_tokenizer
-from lib.models.answer import answer
+from lib.models.generate import answer
 from lib.models.tiny import (
     RECIPES,
     TinyConfig,
@@ -19,6 +18,7 @@ from lib.models.tiny import (
     token_losses,
     train_tiny,
 )
+from lib.world import build_tokenizer
 
 STORED = json.loads((paths.root() / "tests" / "tiny_losses.json").read_text())
 

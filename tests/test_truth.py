@@ -13,7 +13,6 @@ from lib.analysis.probes import (
     best_thresholds,
     f1_score,
 )
-from lib.analysis.recovery import SyntheticStream, recovery_scores
 from lib.analysis.truth import (
     baselines,
     random_codes,
@@ -22,10 +21,11 @@ from lib.analysis.truth import (
     score_sparse,
 )
 from lib.data.corpus import Corpus
-from lib.data.world import CONCEPTS
 from lib.dictionaries import Dictionary, DictionaryConfig, FitConfig, SparseActs, fit, recipes
-from lib.dictionaries.sparsity import TopK
+from lib.dictionaries.rules import TopK
 from lib.latents import collect
+from lib.world import CONCEPTS
+from tests.recovery import SyntheticStream, recovery_scores
 
 N = 3000
 

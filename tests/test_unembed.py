@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lib.analysis.metrics import patched_losses
 from lib.data.corpus import Corpus
 from lib.dictionaries import Dictionary, DictionaryConfig
-from lib.dictionaries.sparsity import TopK
+from lib.dictionaries.rules import TopK
 from lib.models import read, site_dim
 from lib.models.patched import PatchedKL
 from lib.models.sites import sites

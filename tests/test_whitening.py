@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib.activations.stats import Moments
+from lib.activations.moments import Moments
 from lib.spalf.whitening import Whitener, calibrate
 
 D = 12

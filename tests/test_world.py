@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from lib import paths
-from lib.data.world import BEHAVIOURS, CONCEPTS, build_tokenizer
-from lib.data.world.lexicon import CATEGORY_CONCEPT
-from lib.data.world.world import OUT_OF_DISTRIBUTION, SPLITS
+from lib.world import BEHAVIOURS, CONCEPTS, build_tokenizer
+from lib.world.lexicon import CATEGORY_CONCEPT
+from lib.world.world import OUT_OF_DISTRIBUTION, SPLITS
 
 FOLDER = paths.shipped_dir() / "world"
 LEXICON = json.loads((FOLDER / "lexicon.json").read_text())

@@ -1,11 +1,11 @@
 """Adapters that are sparse by construction."""
 
-from lib.adapters.config import SaeLoraConfig
-from lib.adapters.lora import train_lora
-from lib.adapters.loss import Chats, assistant_loss, held_out_loss
-from lib.adapters.sae_lora import SaeLora
-from lib.adapters.sweeps import sparsity_path, weight_sweep
-from lib.adapters.train import SaeLoraFit, train_sae_lora
+from lib.adapters.chat_loss import Chats, assistant_loss, held_out_loss
+from lib.adapters.dense_lora import train_lora
+from lib.adapters.sae_lora.adapter import SaeLora
+from lib.adapters.sae_lora.config import SaeLoraConfig
+from lib.adapters.sae_lora.sweeps import sparsity_path, weight_sweep
+from lib.adapters.sae_lora.trainer import SaeLoraFit, train_sae_lora
 
 __all__ = [
     "Chats",

@@ -27,10 +27,10 @@ from torch import Tensor
 from lib.analysis.logistic import greedy, linear_probe
 from lib.analysis.probes import SparseFeatures, best_thresholds, f1_score
 from lib.analysis.truth import MIN_TOKENS, centred, labels_of
-from lib.data.world import CONCEPTS, concept_matrix
-from lib.data.world.lexicon import LEXICAL
-from lib.dictionaries.kernels import SparseActs
 from lib.latents.record import LatentRecord
+from lib.sparse import SparseActs
+from lib.world import CONCEPTS, concept_matrix
+from lib.world.lexicon import LEXICAL
 
 MIN_GAIN = 0.03
 """What a further main latent must add to F1; Chanin et al."""

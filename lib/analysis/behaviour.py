@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.adapters import Chats, SaeLora, held_out_loss
-from lib.analysis.adapters import logit_attribution, written
-from lib.data.world import Reader, Rewriter, World
-from lib.models.answer import answer
+from lib.analysis.attribution import logit_attribution, written
+from lib.models.generate import answer
+from lib.world import Reader, Rewriter, World
 
 Check = Callable[[str, str], bool]
 """Of a prompt and an answer."""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lib.adapters.sae_lora import SaeLora
+from lib.adapters.sae_lora.adapter import SaeLora
 
 N_NEAR = 20
 """Latents of the nearest firing rates, of which a control takes one."""

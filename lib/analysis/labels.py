@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.world import CONCEPTS, concept_matrix
-from lib.dictionaries.pairs import starts_of
 from lib.latents.record import LatentRecord
+from lib.sparse.acts import starts_of
+from lib.world import CONCEPTS, concept_matrix
 
 N_TOKENS = 3
 """Tokens that a label names at most."""
@@ -24,7 +24,7 @@ class Label:
 
     latent: int
     concept: str
-    """Of `lib.data.world.CONCEPTS`; empty where none is detected, or the record knows none."""
+    """Of `lib.world.CONCEPTS`; empty where none is detected, or the record knows none."""
     f1: float
     """Of firing as a detector of the best concept; 0 where the record knows none."""
     tokens: tuple[int, ...]
@@ -82,7 +82,7 @@ def concept_tokens(record: LatentRecord, concept: str) -> Bool[Tensor, " n"]:
         ValueError: no such concept, or a record of a corpus that has none.
     """
     if concept not in CONCEPTS:
-        raise ValueError(f"need a concept of lib.data.world.CONCEPTS, got {concept!r}")
+        raise ValueError(f"need a concept of lib.world.CONCEPTS, got {concept!r}")
     if record.concepts is None:
         raise ValueError("need a record with concepts, got one of a corpus that has none")
     return (record.concepts >> CONCEPTS.index(concept) & 1).bool()

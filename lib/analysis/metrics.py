@@ -13,8 +13,8 @@ from lib.activations.harvest import split_head, width_at
 from lib.activations.source import Block
 from lib.data.corpus import Corpus
 from lib.dictionaries import Dictionary
-from lib.dictionaries.kernels import SparseActs
 from lib.models.sites import replace
+from lib.sparse import SparseActs
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from lib.dictionaries.pairs import SparseActs, starts_of
+from lib.sparse.acts import SparseActs, starts_of
 
 CHUNK = 2**21
 """Entries ranked at once: bounds memory at about 50 · CHUNK bytes."""

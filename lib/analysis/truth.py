@@ -23,9 +23,9 @@ from lib.analysis.probes import (
     best_thresholds,
     f1_score,
 )
-from lib.data.world import CONCEPTS, concept_matrix
-from lib.dictionaries.kernels import SparseActs
 from lib.latents.record import LatentRecord
+from lib.sparse import SparseActs
+from lib.world import CONCEPTS, concept_matrix
 
 MIN_TOKENS = 20
 """A concept on (or off) fewer tokens of either half is left out."""

@@ -56,7 +56,7 @@ class Backend(Protocol):
 
 
 class WorldBackend:
-    """The built-in world's own classifier and rewriter: `lib.data.world.behaviours.Rewriter`."""
+    """The built-in world's own classifier and rewriter: `lib.world.behaviours.Rewriter`."""
 
     name = "world"
     model = "built-in world"

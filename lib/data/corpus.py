@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lib.data.chats import load_chats
 from lib.data.schemas import SCHEMAS
 from lib.data.sources import open_source
-from lib.data.world import World
+from lib.world import World
 
 _BATCH = 256
 
@@ -34,7 +34,7 @@ class Corpus:
     special: Bool[Tensor, "n_rows seq"]
     """Real, but a special token of the tokenizer: `<bos>`, a chat mark, …"""
     concepts: Int[Tensor, "n_rows seq"] | None
-    """The world's labels, bit masks over `lib.data.world.CONCEPTS` (int64); else None."""
+    """The world's labels, bit masks over `lib.world.CONCEPTS` (int64); else None."""
     name: str
 
     @cached_property
@@ -139,7 +139,7 @@ def load_corpus(
 
     | dataset | rows |
     |---|---|
-    | `world` | one exchange of `lib.data.world` each, with its concepts |
+    | `world` | one exchange of `lib.world` each, with its concepts |
     | with a column `text` | texts end to end, an eos after each, cut into full rows; bos first |
     | of chats | one chat each, through the chat template, cut at `seq_len`; of a preference pair \
 the chosen side |

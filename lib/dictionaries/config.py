@@ -1,10 +1,18 @@
-"""What a dictionary is: its sites, its width, its rule, how they are written to JSON."""
+"""What a dictionary is, and how it is optimised."""
 
+import importlib.util
+import math
 from dataclasses import dataclass, fields
 
-from lib.dictionaries.sparsity import Rule, rule_from_json, rule_to_json
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lib.activations.moments import KINDS
+from lib.dictionaries.rules import Rule, rule_from_json, rule_to_json
 
 CODE_NORMS = ("decoder", "crosscoder", "none")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +35,7 @@ class DictionaryConfig:
     apply_b_dec_to_input: bool = True
     """Subtract `b_dec` from the input before encoding."""
     code_norm: str = "decoder"
-    """What a latent's activation is multiplied by to compare it with others: `decoder` its row's
+    """Factor that makes a latent's activation comparable with others': `decoder` its row's
     norm, `crosscoder` the sum over sites of its rows' norms (Lindsey et al. 2024), `none` 1."""
     model_name: str = ""
 
@@ -63,6 +71,18 @@ class DictionaryConfig:
         return sum(self.out_dims or self.site_dims)
 
 
+def code_norms(
+    config: DictionaryConfig, W_dec: Float[Tensor, "d_sae d_out"]
+) -> Float[Tensor, "d_sae"]:
+    """See `DictionaryConfig.code_norm`."""
+    kind, dims = config.code_norm, config.out_dims or config.site_dims
+    single = len(dims) == 1 or kind == "decoder"
+    if kind == "none" or (single and config.unit_norm_decoder):
+        return W_dec.new_ones(config.d_sae)
+    parts = (W_dec,) if kind == "decoder" else W_dec.split(dims, dim=1)
+    return torch.stack([part.norm(dim=1) for part in parts]).sum(0)
+
+
 def config_to_json(config: DictionaryConfig) -> dict:
     plain = {field.name: getattr(config, field.name) for field in fields(config)}
     return {**plain, "rule": rule_to_json(config.rule)}
@@ -74,3 +94,70 @@ def config_from_json(saved: dict) -> DictionaryConfig:
         for name in ("site_dims", "hook_names", "out_dims")
     }
     return DictionaryConfig(**{**saved, **tuples, "rule": rule_from_json(saved["rule"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Optimisation that all dictionaries of a run share."""
+
+    n_steps: int
+    lr: float = 1e-3
+    """Adam's, between warm-up and decay."""
+    lr_schedule: str = "linear"
+    """How it falls to 0 over the last `lr_decay`: `linear`, `cosine`, or `constant` (it does not).
+    """
+    lr_warmup: float = 0.02
+    """Share of the steps over which it rises from 0."""
+    lr_decay: float = 0.3
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 1.0
+    """Largest norm of a dictionary's gradient."""
+    normalize: str = "mean_norm"
+    """What inputs go through, and what is folded into the weights at the end: `mean_norm` scales
+    each site to mean norm sqrt(d), `per_dim` centres and scales each dimension, `none`."""
+    dead_after: int = 1_000_000
+    """Tokens without firing after which a latent counts as dead."""
+    dtype: str = "float32"
+    """Of the large products: float32, or bfloat16, meant for GPUs (most CPUs are slower with it).
+    Weights, their gradients and the loss are in float32 with either."""
+    moments: str = "float32"
+    """Of Adam: float32, or 8bit, a quarter of that, which needs the extra `gpu` (bitsandbytes)."""
+    seed: int = 0
+    """Of initial weights and of resampling; the stream has its own."""
+    log_every: int = 20
+    """Steps between entries of the history."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only when done."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_steps", 1), ("dead_after", 1), ("log_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"need {name} >= {least}, got {getattr(self, name)}")
+        for name in ("lr", "grad_clip"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"need {name} > 0 and finite, got {getattr(self, name)}")
+        for name in ("lr_warmup", "lr_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"need {name} in [0, 1], got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"need betas in [0, 1), got {self.betas}")
+        if self.checkpoint_every < 0:
+            raise ValueError(f"need checkpoint_every >= 0, got {self.checkpoint_every}")
+        if self.lr_schedule not in SCHEDULES:
+            raise ValueError(f"need lr_schedule in {SCHEDULES}, got {self.lr_schedule!r}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"need dtype float32 or bfloat16, got {self.dtype!r}")
+        if self.moments not in ("float32", "8bit"):
+            raise ValueError(f"need moments float32 or 8bit, got {self.moments!r}")
+        if self.moments == "8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError("moments='8bit' needs bitsandbytes: pip install '.[gpu]'")
+        if self.normalize not in KINDS:
+            raise ValueError(f"need normalize in {KINDS}, got {self.normalize!r}")
+
+    def lr_factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at `step`, from 0."""
+        rise = min(1.0, (step + 1) / max(1.0, self.lr_warmup * self.n_steps))
+        left = (self.n_steps - step) / max(1.0, self.lr_decay * self.n_steps)
+        if self.lr_schedule == "constant" or left >= 1:
+            return rise
+        return rise * (left if self.lr_schedule == "linear" else math.sin(math.pi * left / 2) ** 2)

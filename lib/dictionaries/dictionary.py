@@ -14,20 +14,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lib.dictionaries.config import DictionaryConfig
-from lib.dictionaries.kernels import SparseActs, active_pre_acts, sparse_decode
-from lib.dictionaries.memory import Memory, rows_in_cache
-from lib.dictionaries.search import Search, tokens_at_once
-from lib.dictionaries.selection import dots_of_rows
-from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, TopK
-
-Acts = SparseActs | Float[Tensor, "n d_sae"]
+from lib.dictionaries import format
+from lib.dictionaries.config import DictionaryConfig, code_norms
+from lib.dictionaries.rules import BatchTopK, Codes
+from lib.sparse import Scan, SparseActs, active_pre_acts, sparse_decode
+from lib.sparse.ops import rows_in_cache, rows_of
+from lib.sparse.screen import tokens_at_once
 
 
 class Dictionary(nn.Module):
-    """A sparse dictionary. Rows of `encoder` and `W_dec` belong to latents.
+    """A sparse dictionary. Columns of `W_enc` and rows of `W_dec` belong to latents.
 
-    Random unit rows, encoder equal to decoder, biases 0; torch's seed decides them.
+    Random unit rows, encoder equal to decoder, biases 0; torch's seed decides them. In memory a
+    column of `W_enc` is in one piece, like a row of `W_dec`. A tied dictionary's `W_enc` is
+    `W_dec.T`, and no parameter of its own.
     """
 
     def __init__(self, config: DictionaryConfig) -> None:
@@ -35,16 +35,22 @@ class Dictionary(nn.Module):
         self.config = config
         rows = torch.randn(config.d_sae, config.d_out)
         self.W_dec = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
-        if config.tied:
-            self.encoder = None
-        elif config.d_in == config.d_out:
-            self.encoder = nn.Parameter(self.W_dec.detach().clone())
-        else:
-            start = torch.randn(config.d_sae, config.d_in) / math.sqrt(config.d_in)
-            self.encoder = nn.Parameter(start)
+        if not config.tied:
+            rows = self.W_dec.detach().clone()
+            if config.d_in != config.d_out:
+                rows = torch.randn(config.d_sae, config.d_in) / math.sqrt(config.d_in)
+            self.W_enc = nn.Parameter(rows.T)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(config.d_out))
-        config.rule.init(self)
+        for name, start in config.rule.parameters(config.d_sae).items():
+            self.register_parameter(name, nn.Parameter(start))
+        for name, start in config.rule.buffers().items():
+            self.register_buffer(name, start)
+
+    def __getattr__(self, name: str):
+        if name == "W_enc" and self.config.tied:
+            return self.W_dec.T
+        return super().__getattr__(name)
 
     @property
     def d_in(self) -> int:
@@ -59,27 +65,19 @@ class Dictionary(nn.Module):
         return self.config.d_sae
 
     @property
-    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
-        return self.encoder_rows.T
-
-    @property
     def encoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
-        return self.W_dec if self.encoder is None else self.encoder
+        """`W_enc.T`, contiguous."""
+        return self.W_dec if self.config.tied else rows_of(self.W_enc)
 
     @property
     def b_in(self) -> Float[Tensor, "d_in"]:
-        """What is subtracted from the input."""
+        """The part of `b_dec` that is subtracted from the input, or zeros."""
         applied = self.config.apply_b_dec_to_input
         return self.b_dec if applied else self.b_dec.new_zeros(self.d_in)
 
     def code_norms(self) -> Float[Tensor, "d_sae"]:
         """See `DictionaryConfig.code_norm`."""
-        kind, dims = self.config.code_norm, self.config.out_dims or self.config.site_dims
-        single = len(dims) == 1 or kind == "decoder"
-        if kind == "none" or (single and self.config.unit_norm_decoder):
-            return self.W_dec.new_ones(self.d_sae)
-        parts = (self.W_dec,) if kind == "decoder" else self.W_dec.split(dims, dim=1)
-        return torch.stack([part.norm(dim=1) for part in parts]).sum(0)
+        return code_norms(self.config, self.W_dec)
 
     def pre_acts(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """`(x - b_dec) @ W_enc + b_enc`: a Gated dictionary's gate, every other rule's input."""
@@ -100,44 +98,38 @@ class Dictionary(nn.Module):
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseActs:
         """The non-zero latents of `encode`, as pairs."""
         x, rule = self._flat(x), self.config.rule
-        if isinstance(rule, TopK):
-            with Search(self, x) as scan:
-                active = rule.select(self, len(x), scan)
-            return active.with_values(active.values.relu()).nonzero()
+        with self._scan(x) as scan:
+            found = rule.active(scan, self)
+        if found is not None:
+            return found
         blocks = x.split(tokens_at_once(x, self.d_sae))
         return SparseActs.joined([SparseActs.of(rule.acts(self.pre_acts(b), self)) for b in blocks])
 
-    def decode(self, acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        return acts @ self.W_dec + self.b_dec
+    def encode_training(self, x: Float[Tensor, "n d_in"]) -> Codes:
+        """Latents as they are trained, with a graph: pairs where the rule selects them, which may
+        depend on the whole batch, otherwise a dense matrix."""
+        rule = self.config.rule
+        with torch.no_grad(), self._scan(x) as scan:
+            active = rule.select(scan, self)
+        rows = self.encoder_rows
+        if active is None:
+            codes = rule.dense(torch.addmm(self.b_enc, x - self.b_in, rows.T), self)
+        else:
+            pre = active_pre_acts(x, rows, self.b_enc, self.b_in, active)
+            codes = rule.sparse(pre, self)
+        codes.encoder_rows = rows
+        return codes
 
-    def decode_sparse(
-        self, acts: SparseActs, memory: Memory | None = None
-    ) -> Float[Tensor, "n d_out"]:
-        return sparse_decode(acts.values, acts, self.W_dec, memory) + self.b_dec
+    def decode(
+        self, acts: SparseActs | Float[Tensor, "*batch d_sae"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        if isinstance(acts, SparseActs):
+            return sparse_decode(acts, self.W_dec) + self.b_dec
+        return acts @ self.W_dec + self.b_dec
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The reconstruction."""
         return self.decode(self.encode(x))
-
-    def training_acts(
-        self, x: Float[Tensor, "n d_in"], *, whole: bool = False, memory: Memory | None = None
-    ) -> tuple[Acts, Float[Tensor, "n"] | None, Float[Tensor, "n d_sae"] | None]:
-        """Latents as they are trained, what the rule says of their number, and pre-activations.
-
-        A sparse rule gives pairs with a graph, and no pre-activations; it may look at the whole
-        batch. The others, and all that are asked for the `whole` matrix, give dense matrices with
-        a graph. Gradients of weights, where only pairs have one, lie in matrices of `memory`.
-        """
-        rule = self.config.rule
-        if rule.sparse and not whole:
-            with torch.no_grad(), Search(self, x, memory) as scan:
-                active = rule.select(self, len(x), scan)
-            if active is not None:
-                weights = (self.encoder_rows, self.b_enc, self.b_in)
-                values = active_pre_acts(x, *weights, active, memory)
-                return *rule.paired(values, active, self), None
-        pre = self.pre_acts(x)
-        return *rule.whole(pre, self), pre
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -149,14 +141,14 @@ class Dictionary(nn.Module):
     @torch.no_grad()
     def project_decoder_grad_(self) -> Float[Tensor, ""]:
         """Remove from each decoder row's gradient what would change only the row's norm, if rows
-        are kept at norm 1; the norm of the gradient that is left."""
+        are kept at norm 1; returns the norm of the gradient that is left."""
         grad = self.W_dec.grad
         if grad is None:
             return self.W_dec.new_zeros(())
         norms, size = [], rows_in_cache(grad)
         for part, rows in zip(grad.split(size), self.W_dec.split(size), strict=True):
             if self.config.unit_norm_decoder:
-                part.addcmul_(dots_of_rows(part, rows)[:, None], rows, value=-1)
+                part.addcmul_(torch.linalg.vecdot(part, rows)[:, None], rows, value=-1)
             norms.append(torch.linalg.vector_norm(part, dim=1))  # the whole would be one thread's
         return torch.linalg.vector_norm(torch.cat(norms))
 
@@ -181,20 +173,21 @@ class Dictionary(nn.Module):
         )
         other = copy.deepcopy(self)
         other.config = config
-        if other.encoder is None and not config.tied:
-            other.encoder = nn.Parameter(self.W_dec.clone())
-        if not uniform and isinstance(config.rule, BatchTopK):
-            _take_code_norms_(other, self.code_norms())
+        if self.config.tied and not config.tied:
+            other.W_enc = nn.Parameter(self.W_dec.clone().T)
+        if not uniform and isinstance(config.rule, BatchTopK):  # whose ranks must stay
+            norms = self.code_norms()
+            other.W_enc *= norms
+            other.b_enc *= norms
+            other.W_dec /= norms[:, None]
         other.b_dec.copy_(mean + self.b_dec / scale)
         if not config.apply_b_dec_to_input:
-            shift = other.encoder_rows @ (mean * scale)
-            other.b_enc -= shift
-            if isinstance(config.rule, Gated):
-                other.b_mag -= shift * self.r_mag.exp()
+            config.rule.shift_(other, (mean * scale) @ other.W_enc)
         if uniform:
-            _divide_latents_(other, scale[0])
+            rule = config.rule.rescale_(other, 1 / scale[0].item())
+            other.config = replace(config, rule=rule)
         else:
-            other.encoder *= scale
+            other.W_enc *= scale[:, None]
             other.W_dec /= scale
         return other
 
@@ -205,15 +198,13 @@ class Dictionary(nn.Module):
         Raises:
             ValueError: a TopK dictionary, where a latent's activation depends on all the others.
         """
-        rule = self.config.rule
-        if isinstance(rule, TopK):
-            raise ValueError("cannot narrow a TopK dictionary: which latents fire depends on all")
-        if isinstance(rule, BatchTopK):  # its k counts in training only, and must not exceed d_sae
-            rule = replace(rule, k=min(rule.k, len(latents)))
-        parts = {}
+        rule, parts = self.config.rule.narrowed(len(latents)), {}
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            shared = name == "b_dec" or tensor.ndim == 0
-            part = tensor.data if shared else tensor.data[latents]
+            part = tensor.data
+            if name == "W_enc":
+                part = part.T[latents].T
+            elif name != "b_dec" and tensor.ndim:
+                part = part[latents]
             is_buffer = not isinstance(tensor, nn.Parameter)
             parts[id(tensor)] = part if is_buffer else nn.Parameter(part, requires_grad=False)
         other = copy.deepcopy(self, parts)  # which draws no random weights
@@ -222,21 +213,28 @@ class Dictionary(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         """Write `cfg.json` and `sae_weights.safetensors`, which sae-lens reads (one site)."""
-        from lib.dictionaries.store import save
+        return format.write(Path(folder), self.config, self.state_dict())
 
-        return save(self, Path(folder))
-
-    @staticmethod
-    def load(folder: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
         """Read a folder that `save` or sae-lens wrote; in eval mode.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: an architecture or an option that `Dictionary` does not have.
         """
-        from lib.dictionaries.store import load
+        return cls.of(*format.read(Path(folder))).to(device)
 
-        return load(Path(folder)).to(device)
+    @classmethod
+    def of(cls, config: DictionaryConfig, state: dict[str, Tensor]) -> "Dictionary":
+        """A dictionary with these tensors, in eval mode."""
+        dictionary = cls(config)
+        dictionary.load_state_dict(dictionary.state_dict() | state)  # buffers of training may lack
+        return dictionary.eval()
+
+    def _scan(self, x: Float[Tensor, "n d_in"]) -> Scan:
+        x = x - self.b_in if self.config.apply_b_dec_to_input else x
+        return Scan(x, self.encoder_rows, self.b_enc)
 
     def _flat(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "n d"]:
         if x.shape[-1] != self.d_in:
@@ -244,23 +242,13 @@ class Dictionary(nn.Module):
         return x.reshape(-1, self.d_in).to(self.W_dec)
 
 
-def _take_code_norms_(dictionary: Dictionary, norms: Float[Tensor, "d_sae"]) -> None:
-    """Multiply latents by their code norms and decoder rows by the inverse: ranks are kept."""
-    dictionary.encoder *= norms[:, None]
-    dictionary.b_enc *= norms
-    dictionary.W_dec /= norms[:, None]
+def load_dictionaries(
+    folder: str | Path, device: str | torch.device = "cpu"
+) -> dict[str, Dictionary]:
+    """The dictionary in `folder`, or those in its folders, by name.
 
-
-def _divide_latents_(dictionary: Dictionary, scale: Float[Tensor, ""]) -> None:
-    """Latents in the unit of raw activations: under a uniform scale only offsets change."""
-    rule = dictionary.config.rule
-    dictionary.b_enc /= scale
-    if isinstance(rule, Gated):
-        dictionary.b_mag /= scale
-    if isinstance(rule, JumpReLU):
-        dictionary.log_threshold -= scale.log()
-        unit = scale.item()
-        tuned = replace(rule, threshold=rule.threshold / unit, bandwidth=rule.bandwidth / unit)
-        dictionary.config = replace(dictionary.config, rule=tuned)
-    if isinstance(rule, BatchTopK):
-        dictionary.threshold /= scale
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = format.folders(Path(folder))
+    return {path.name: Dictionary.load(path, device) for path in found}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lib.dictionaries.config import config_to_json
 from lib.dictionaries.dictionary import Dictionary
-from lib.dictionaries.store import CONFIG, WEIGHTS
+from lib.dictionaries.format import CONFIG, WEIGHTS
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _FOLDER = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)

@@ -12,17 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib.dictionaries import format
 from lib.dictionaries.config import DictionaryConfig
 from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.hub import Card, from_hub, push_to_hub
-from lib.dictionaries.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
-from lib.dictionaries.store import (
-    filled,
-    from_tensors,
-    has_unit_rows,
-    sae_lens_config,
-    tensors_of,
-)
+from lib.dictionaries.rules import BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 __all__ = [
     "Card",
@@ -70,7 +64,8 @@ def from_sae_lens(sae: nn.Module) -> Dictionary:
     else:
         sae.process_state_dict_for_saving(weights)
         saved = sae.cfg.to_dict()
-    return from_tensors(saved, dict(weights), type(sae).__name__).to(sae.W_dec.device)
+    found = format.from_sae_lens(saved, dict(weights), type(sae).__name__)
+    return Dictionary.of(*found).to(sae.W_dec.device)
 
 
 def to_sae_lens(dictionary: Dictionary) -> nn.Module:
@@ -85,8 +80,10 @@ def to_sae_lens(dictionary: Dictionary) -> nn.Module:
     if d.d_in != d.d_out and isinstance(d.config.rule, Gated | TopK):
         rule = type(d.config.rule).__name__
         raise ValueError(f"sae-lens has no {rule} transcoder, got one from {d.d_in} to {d.d_out}")
-    sae = SAE.from_dict(sae_lens_config(d))
-    sae.load_state_dict({name: value.float() for name, value in tensors_of(d).items()})
+    state = d.state_dict()
+    sae = SAE.from_dict(format.sae_lens_config(d.config, state))
+    tensors = format.sae_lens_tensors(d.config, state)
+    sae.load_state_dict({name: value.float() for name, value in tensors.items()})
     return sae.to(d.W_dec.device)
 
 
@@ -118,7 +115,8 @@ def _from_gemma_scope(file: Path) -> Dictionary:
             weights = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (AttributeError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is no archive of plain arrays: {error}") from error
-    return from_tensors({"architecture": "jumprelu", "apply_b_dec_to_input": False}, weights, file)
+    saved = {"architecture": "jumprelu", "apply_b_dec_to_input": False}
+    return Dictionary.of(*format.from_sae_lens(saved, weights, file))
 
 
 def from_dictionary_learning(folder: str | Path) -> Dictionary:
@@ -154,11 +152,12 @@ def from_dictionary_learning(folder: str | Path) -> Dictionary:
         rule=rule_class(k=k) if rule_class in (TopK, BatchTopK) else rule_class(),
         hook_names=_hook_names(trainer),
         model_name=trainer.get("lm_name") or "",
-        unit_norm_decoder=has_unit_rows(weights["W_dec"]),
+        unit_norm_decoder=format.has_unit_rows(weights["W_dec"]),
         apply_b_dec_to_input=applied,
         code_norm="none" if rule_class is BatchTopK else "decoder",
     )
-    return filled(config, weights, folder / "ae.pt", threshold)
+    state = format.checked_state(config, weights, folder / "ae.pt", threshold)
+    return Dictionary.of(config, state)
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:

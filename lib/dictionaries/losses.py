@@ -1,43 +1,63 @@
-"""Loss terms. Each is a small frozen object that maps one training pass to a number.
+"""Loss terms: functions from one step's `StepOutput` to a number.
+
+Those here are small frozen objects, so that a recipe can be compared and saved; any other function
+of the same signature will do in a recipe.
 
 Unit: the main term is the squared error summed over `d_out` and averaged over tokens, as in
 sae-lens, so that with inputs of mean norm sqrt(d) it starts near d. Weights are in that unit.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding, mse_loss
 
-from lib.dictionaries import parallel
 from lib.dictionaries.dictionary import Dictionary
-from lib.dictionaries.kernels import SparseActs, sparse_decode
+from lib.dictionaries.rules import Codes, Gated, JumpReLU, ReLU, Rule
+from lib.sparse import SparseActs, sparse_decode
+from lib.training import distributed
 
 
 @dataclass(eq=False)
-class Pass:
-    """What one training step computed."""
+class StepOutput:
+    """Everything a loss term may read from one step."""
 
     dictionary: Dictionary
     x: Float[Tensor, "n d_in"]
     target: Float[Tensor, "n d_out"]
     """What is reconstructed: `x`, or a transcoder's output sites."""
     x_hat: Float[Tensor, "n d_out"]
-    acts: SparseActs | Float[Tensor, "n d_sae"]
-    pre_acts: Float[Tensor, "n d_sae"] | None
-    """None if `acts` are pairs."""
+    codes: Codes
     dead: Int[Tensor, "n_dead"]
     """Latents that have not fired for long."""
     t: float
     """Share of the training that is done, 0 to 1."""
-    l0: Float[Tensor, "n"] | None = None
-    """Active latents of each token, with a gradient: a JumpReLU's only."""
+
+    @property
+    def acts(self) -> SparseActs | Float[Tensor, "n d_sae"]:
+        return self.codes.acts
+
+    @cached_property
+    def dense_acts(self) -> Float[Tensor, "n d_sae"]:
+        return self.acts.dense() if isinstance(self.acts, SparseActs) else self.acts
+
+    @cached_property
+    def pre_acts(self) -> Float[Tensor, "n d_sae"]:
+        """Of a step on pairs alone, a matrix product of its own."""
+        known = self.codes.pre_acts
+        return self.dictionary.pre_acts(self.x) if known is None else known
 
     @property
     def error(self) -> Float[Tensor, "n d_out"]:
         return self.target - self.x_hat
+
+
+DENSE_RULES = (ReLU, Gated, JumpReLU)
 
 
 def ramp(t: float, share: float) -> float:
@@ -49,9 +69,9 @@ def ramp(t: float, share: float) -> float:
 class Reconstruction:
     """Squared error, summed over dimensions, averaged over tokens."""
 
-    def __call__(self, p: Pass) -> Float[Tensor, ""]:
+    def __call__(self, out: StepOutput) -> Float[Tensor, ""]:
         # one pass over memory, and one in backward
-        return mse_loss(p.x_hat, p.target, reduction="sum") / len(p.target)
+        return mse_loss(out.x_hat, out.target, reduction="sum") / len(out.target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +89,13 @@ class PrefixReconstruction:
         if not ascending or self.shares[-1] != 1:
             raise ValueError(f"need shares that ascend from above 0 to 1, got {self.shares}")
 
-    def __call__(self, p: Pass) -> Float[Tensor, ""]:
-        bounds = [round(share * p.dictionary.d_sae) for share in self.shares]
+    def __call__(self, out: StepOutput) -> Float[Tensor, ""]:
+        bounds = [round(share * out.dictionary.d_sae) for share in self.shares]
         starts = (0, *bounds[:-1])
         sizes = [stop - start for start, stop in zip(starts, bounds, strict=True)]
-        left, total = p.target - p.dictionary.b_dec, 0.0
-        for start, rows in zip(starts, p.dictionary.W_dec.split(sizes), strict=True):
-            left = left - _decoded(p.acts, start, rows)
+        left, total = out.target - out.dictionary.b_dec, 0.0
+        for start, rows in zip(starts, out.dictionary.W_dec.split(sizes), strict=True):
+            left = left - _decoded(out.acts, start, rows)
             total = total + left.square().sum(1).mean()
         return total / len(bounds)
 
@@ -89,7 +109,7 @@ def _decoded(
         return acts[:, start:stop] @ rows
     part = acts.where((acts.indices >= start) & (acts.indices < stop))
     part = SparseActs(part.indices - start, part.values, part.offsets, len(rows))
-    return sparse_decode(part.values, part, rows)
+    return sparse_decode(part, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +122,7 @@ class L1:
     Source: Bricken et al. 2023; p-annealing Karvonen et al. 2024, arXiv:2408.00113.
     """
 
+    needs: ClassVar = DENSE_RULES
     weight: float
     ramp: float = 0.05
     """Share of the training over which the weight rises."""
@@ -117,26 +138,28 @@ class L1:
                 f"need p_end in (0, 1] and p_start_t in [0, 1), got {self.p_end}, {self.p_start_t}"
             )
 
-    def __call__(self, p: Pass) -> Float[Tensor, ""]:
-        codes = self.codes(p) * p.dictionary.code_norms()
+    def __call__(self, out: StepOutput) -> Float[Tensor, ""]:
+        codes = self.codes(out) * out.dictionary.code_norms()
         l1 = codes.sum(1).mean()
-        fall = max(0.0, p.t - self.p_start_t) / (1 - self.p_start_t)
+        fall = max(0.0, out.t - self.p_start_t) / (1 - self.p_start_t)
         power = 1 - fall * (1 - self.p_end)
         if power < 1:
             lp = torch.where(codes > 0, codes.clamp(min=1e-6) ** power, 0).sum(1).mean()
-            l1 = lp * (parallel.mean(l1) / parallel.mean(lp).clamp(min=1e-12)).detach()
-        return self.weight * ramp(p.t, self.ramp) * l1
+            l1 = lp * (distributed.mean(l1) / distributed.mean(lp).clamp(min=1e-12)).detach()
+        return self.weight * ramp(out.t, self.ramp) * l1
 
-    def codes(self, p: Pass) -> Float[Tensor, "n d_sae"]:
-        return p.acts
+    def codes(self, out: StepOutput) -> Float[Tensor, "n d_sae"]:
+        return out.dense_acts
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateL1(L1):
     """L1 (or its annealed form) on a gated dictionary's rectified gates."""
 
-    def codes(self, p: Pass) -> Float[Tensor, "n d_sae"]:
-        return p.pre_acts.relu()
+    needs: ClassVar = Gated
+
+    def codes(self, out: StepOutput) -> Float[Tensor, "n d_sae"]:
+        return out.pre_acts.relu()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +169,11 @@ class GateReconstruction:
     Source: Rajamanoharan et al. 2024, arXiv:2404.16014.
     """
 
-    def __call__(self, p: Pass) -> Float[Tensor, ""]:
-        W_dec, b_dec = p.dictionary.W_dec.detach(), p.dictionary.b_dec.detach()
-        return (p.target - p.pre_acts.relu() @ W_dec - b_dec).square().sum(1).mean()
+    needs: ClassVar = Gated
+
+    def __call__(self, out: StepOutput) -> Float[Tensor, ""]:
+        W_dec, b_dec = out.dictionary.W_dec.detach(), out.dictionary.b_dec.detach()
+        return (out.target - out.pre_acts.relu() @ W_dec - b_dec).square().sum(1).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +183,7 @@ class L0:
     Source: Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
 
+    needs: ClassVar = JumpReLU
     weight: float
     target: float | None = None
     """Latents per token to aim at."""
@@ -167,10 +193,10 @@ class L0:
         if self.target is not None and self.target <= 0:
             raise ValueError(f"need target > 0, got {self.target}")
 
-    def __call__(self, p: Pass) -> Float[Tensor, ""]:
-        l0 = p.l0.mean()
-        penalty = l0 if self.target is None else (parallel.mean(l0) / self.target - 1).square()
-        return self.weight * ramp(p.t, self.ramp) * penalty
+    def __call__(self, out: StepOutput) -> Float[Tensor, ""]:
+        l0 = out.codes.l0.mean()
+        penalty = l0 if self.target is None else (distributed.mean(l0) / self.target - 1).square()
+        return self.weight * ramp(out.t, self.ramp) * penalty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,14 +208,15 @@ class Entropy:
     Source: the `entropy` option of Marks et al. 2024, dictionary_learning.
     """
 
+    needs: ClassVar = DENSE_RULES
     weight: float
     ramp: float = 0.05
 
-    def __call__(self, p: Pass) -> Float[Tensor, ""]:
-        codes = p.acts * p.dictionary.code_norms()
+    def __call__(self, out: StepOutput) -> Float[Tensor, ""]:
+        codes = out.dense_acts * out.dictionary.code_norms()
         shares = codes / codes.sum(1, keepdim=True).clamp(min=1e-8)
         entropy = -(shares * shares.clamp(min=1e-8).log()).sum(1).mean()
-        return self.weight * ramp(p.t, self.ramp) * entropy
+        return self.weight * ramp(out.t, self.ramp) * entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,23 +233,23 @@ class AuxK:
     k: int | None = None
     """Dead latents used per token; None: half the width of the input."""
 
-    def __call__(self, p: Pass) -> Float[Tensor, ""]:
-        d = p.dictionary
-        if not len(p.dead):
-            return p.x_hat.new_zeros(())
-        error = p.error.detach()
+    def __call__(self, out: StepOutput) -> Float[Tensor, ""]:
+        d = out.dictionary
+        if not len(out.dead):
+            return out.x_hat.new_zeros(())
+        error = out.error.detach()
         encoder, W_dec = (  # whose gradients are added in these rows alone
-            embedding(p.dead, rows, sparse=True) for rows in (d.encoder_rows, d.W_dec)
+            embedding(out.dead, rows, sparse=True) for rows in (out.codes.encoder_rows, d.W_dec)
         )
-        pre = (p.x - d.b_in.detach()) @ encoder.T + d.b_enc[p.dead]
-        k = min(self.k or d.d_in // 2, len(p.dead))
+        pre = (out.x - d.b_in.detach()) @ encoder.T + d.b_enc[out.dead]
+        k = min(self.k or d.d_in // 2, len(out.dead))
         values, places = pre.topk(k, dim=1, sorted=False)
         codes = torch.zeros_like(pre).scatter(1, places, values.relu())
         left = (error - codes @ W_dec).square().sum()
-        spread = (error - parallel.mean(error.mean(0))).square().sum()
-        variance = parallel.mean(spread).clamp(min=1e-12)
-        spread = (p.target - parallel.mean(p.target.mean(0))).square().sum(1)
-        unit = parallel.mean(spread.mean())
+        spread = (error - distributed.mean(error.mean(0))).square().sum()
+        variance = distributed.mean(spread).clamp(min=1e-12)
+        spread = (out.target - distributed.mean(out.target.mean(0))).square().sum(1)
+        unit = distributed.mean(spread.mean())
         return self.weight * unit * left / variance
 
 
@@ -233,21 +260,33 @@ class GhostGradients:
     Source: Jermyn & Templeton 2024, Ghost Grads (Transformer Circuits, January update).
     """
 
+    needs: ClassVar = DENSE_RULES
     weight: float = 1.0
 
-    def __call__(self, p: Pass) -> Float[Tensor, ""]:
-        d = p.dictionary
-        if not len(p.dead):
-            return p.x_hat.new_zeros(())
-        error = p.error.detach()
-        ghosts = p.pre_acts[:, p.dead].clamp(max=20).exp() @ d.W_dec[p.dead]
+    def __call__(self, out: StepOutput) -> Float[Tensor, ""]:
+        d = out.dictionary
+        if not len(out.dead):
+            return out.x_hat.new_zeros(())
+        error = out.error.detach()
+        ghosts = out.pre_acts[:, out.dead].clamp(max=20).exp() @ d.W_dec[out.dead]
         size = error.norm(dim=1, keepdim=True) / (2 * ghosts.norm(dim=1, keepdim=True) + 1e-6)
         loss = (error - ghosts * size.detach()).square().sum(1).mean()
-        main = parallel.mean(error.square().sum(1).mean())
-        return self.weight * loss * (main / parallel.mean(loss).clamp(min=1e-12)).detach()
+        main = distributed.mean(error.square().sum(1).mean())
+        return self.weight * loss * (main / distributed.mean(loss).clamp(min=1e-12)).detach()
 
 
-Term = (
-    Reconstruction | PrefixReconstruction | L1 | GateL1 | GateReconstruction | L0 | Entropy
-    | AuxK | GhostGradients
-)  # fmt: skip
+Term = Callable[[StepOutput], Float[Tensor, ""]]
+
+
+def require_rule(term: Term, rule: Rule) -> None:
+    """Raises ValueError for a term of this module that means nothing under `rule`."""
+    needs = getattr(term, "needs", Rule)
+    if not isinstance(rule, needs):
+        raise ValueError(f"{type(term).__name__} cannot go with {rule}; need {needs}")
+
+
+def term_to_json(term: Term) -> dict:
+    """Name and settings; of a function its name alone."""
+    if is_dataclass(term):
+        return {"name": type(term).__name__, **asdict(term)}
+    return {"name": f"{term.__module__}.{term.__qualname__}"}

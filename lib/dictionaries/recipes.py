@@ -20,7 +20,7 @@ from lib.dictionaries.losses import (
     PrefixReconstruction,
     Reconstruction,
 )
-from lib.dictionaries.sparsity import (
+from lib.dictionaries.rules import (
     BatchTopK,
     Gated,
     JumpReLU,
@@ -44,14 +44,6 @@ class Resample:
     """Norm of a new encoder row, in mean norms of the living."""
 
 
-_DENSE = ReLU | Gated | JumpReLU
-_NEEDS = {
-    L1: _DENSE, Entropy: _DENSE, GhostGradients: _DENSE, GateL1: Gated, GateReconstruction: Gated,
-    L0: JumpReLU,
-}  # fmt: skip
-_WHOLE = (L1, Entropy, GhostGradients, GateL1, GateReconstruction)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One way to train. `replace(recipe, lr=…)` sweeps over lr on one stream."""
@@ -66,14 +58,7 @@ class Recipe:
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"need lr > 0, got {self.lr}")
         for term in self.terms:
-            needs = _NEEDS.get(type(term), Rule)
-            if not isinstance(self.rule, needs):
-                raise ValueError(f"{type(term).__name__} cannot go with {self.rule}; need {needs}")
-
-    @property
-    def whole(self) -> bool:
-        """Whether a term reads latents as a whole matrix, not at the active pairs alone."""
-        return any(isinstance(term, _WHOLE) for term in self.terms)
+            losses.require_rule(term, self.rule)
 
     def dictionary(self, **shape) -> DictionaryConfig:
         """The config of a dictionary of this rule: `site_dims`, `d_sae`, `hook_names`, …
@@ -88,7 +73,7 @@ class Recipe:
         return config
 
     def to_json(self) -> dict:
-        terms = [{"name": type(term).__name__, **asdict(term)} for term in self.terms]
+        terms = [losses.term_to_json(term) for term in self.terms]
         resample = asdict(self.resample) if self.resample else None
         rule = rule_to_json(self.rule)
         return {"rule": rule, "terms": terms, "resample": resample, "lr": self.lr}

@@ -1,9 +1,9 @@
 """Figures (plotly), coloured text and the feature browser; notebooks show and save them."""
 
-from lib.display.adapters import removal, sparsity_behaviour, weight_concentration
-from lib.display.browser import FeatureBrowser
-from lib.display.latents import activation_histogram, dose_curves, logit_table
-from lib.display.plots import (
+from lib.display.browser.browser import FeatureBrowser
+from lib.display.figures.adapters import removal, sparsity_behaviour, weight_concentration
+from lib.display.figures.latents import activation_histogram, dose_curves, logit_table
+from lib.display.figures.plots import (
     concept_heatmap,
     concept_scores,
     frequencies,
@@ -12,14 +12,14 @@ from lib.display.plots import (
     losses_by_token,
     training_curves,
 )
-from lib.display.tokens import colored_tokens, concept_text, latent_text, readable_tokens
-from lib.display.training import (
+from lib.display.figures.training import (
     LiveFigure,
     ablation_bars,
     constraint_curves,
     l0_against_r2,
     l0_r2_curves,
 )
+from lib.display.tokens import colored_tokens, concept_text, latent_text, readable_tokens
 
 __all__ = [
     "FeatureBrowser",

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lib.activations.source import Block
 from lib.data.corpus import Corpus
-from lib.dictionaries.pairs import SparseActs, starts_of
 from lib.runtime import atomic_file
+from lib.sparse.acts import SparseActs, starts_of
 
 KIND = "latent record 1"
 

@@ -4,10 +4,10 @@ import torch
 
 from lib.data.corpus import Corpus
 from lib.dictionaries import SparseActs
-from lib.dictionaries.pairs import starts_of
 from lib.latents.record import LatentRecord, Part, assemble
 from lib.latents.source import LatentSource
 from lib.models.families import hugging_face
+from lib.sparse.acts import starts_of
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lib.activations.backends import hf
-from lib.adapters.sae_lora import SaeLora
+from lib.adapters.sae_lora.adapter import SaeLora
 from lib.dictionaries import Dictionary, SparseActs
 from lib.models.families import hugging_face
 from lib.models.modes import require_eval

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from lib import paths
-from lib.data.world import Exchange, Reader, World, build_tokenizer
-from lib.models.answer import answer
+from lib.models.generate import answer
 from lib.runtime import atomic_folder, seed_everything
+from lib.world import Exchange, Reader, World, build_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,16 +13,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib.dictionaries.checkpoints import (
+from lib.runtime import atomic_folder
+from lib.spalf.trainer import Trainer
+from lib.spalf.whitening import Whitener
+from lib.training.checkpoint import (
     Resumable,
     checkpoints_in,
     plain,
     remove,
     require_same,
 )
-from lib.runtime import atomic_folder
-from lib.spalf.trainer import Trainer
-from lib.spalf.whitening import Whitener
 
 
 def save_checkpoint(folder: Path, trainer: Trainer, stream: Any, about: dict) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.dictionaries.kernels import SparseActs
+from lib.sparse import SparseActs
 
 
 def faithfulness(error: Float[Tensor, "n d"], bound: float) -> Float[Tensor, ""]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lib.dictionaries.config import DictionaryConfig
 from lib.dictionaries.dictionary import Dictionary
-from lib.dictionaries.sparsity import JumpReLU
+from lib.dictionaries.rules import JumpReLU
 from lib.spalf.whitening import Whitener
 
 CHUNK = 1024  # latents whose quantiles are taken at a time
@@ -88,10 +88,10 @@ class StratifiedDictionary(Dictionary):
         whitener, x = whitener.to(x.device), x.to(self.W_dec)
         free = gram_schmidt(self.W_dec[self.n_anchored :], self.anchors)
         self.W_dec.copy_(torch.cat([self.anchors, free]))
-        self.encoder.copy_(matched_filters(self.W_dec, whitener) * scale)
+        self.W_enc.copy_(matched_filters(self.W_dec, whitener).T * scale)
         reads = whitener(x)
         for part in torch.arange(self.d_sae, device=x.device).split(CHUNK):
-            pre = reads @ self.encoder[part].T
+            pre = reads @ self.W_enc[:, part]
             shares = pre.new_tensor([0.25, 0.75, 1 - l0_target / self.d_sae])
             low, high, threshold = torch.quantile(pre, shares, dim=0)
             spread = (high - low).clamp(min=1e-6)
@@ -130,8 +130,8 @@ class StratifiedDictionary(Dictionary):
         )
         with torch.random.fork_rng(devices=[]):  # its random rows are not kept
             raw = Dictionary(config).to(self.W_dec.device)
-        raw.encoder.copy_(whitener.fold(self.encoder) / scale)
-        raw.b_enc.copy_(self.b_enc / scale - raw.encoder @ whitener.mean)
+        raw.W_enc.copy_(whitener.fold(self.encoder_rows).T / scale)
+        raw.b_enc.copy_(self.b_enc / scale - whitener.mean @ raw.W_enc)
         raw.W_dec.copy_(self.W_dec)
         raw.b_dec.copy_(self.b_dec / scale + whitener.mean)
         raw.log_threshold.copy_(threshold.log())

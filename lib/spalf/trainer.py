@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lib.dictionaries.dictionary import Dictionary
-from lib.dictionaries.kernels import SparseActs, fused_jumprelu
 from lib.spalf.config import SpalfConfig
 from lib.spalf.constraints import (
     drift,
@@ -19,6 +18,7 @@ from lib.spalf.constraints import (
 from lib.spalf.control import ADRC, PI, Ascent, Control
 from lib.spalf.stratified import Anchors, StratifiedDictionary
 from lib.spalf.whitening import Whitener, calibrate
+from lib.sparse import SparseActs, dense_jumprelu
 
 Rebuild = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 KLMeasure = Callable[[Rebuild, int], Float[Tensor, ""]]
@@ -63,7 +63,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             [
                 {"params": [d.W_dec, d.b_dec, d.b_enc], "unit": 1.0, "falls": True},
-                {"params": [d.encoder], "unit": math.nan, "falls": True},
+                {"params": [d.W_enc], "unit": math.nan, "falls": True},
                 {"params": [d.log_threshold], "unit": THRESHOLD_STEP, "falls": False},
             ],
             lr=step,
@@ -124,7 +124,7 @@ class Trainer:
             sample.append(batch)
         x = torch.cat(sample)
         self.dictionary.start(x, self.whitener, self.scale, self.config.l0_target)
-        self.encoder_unit = self.dictionary.encoder.norm(dim=1).mean().item()
+        self.encoder_unit = self.dictionary.W_enc.norm(dim=0).mean().item()
         return drawn
 
     @property
@@ -138,7 +138,7 @@ class Trainer:
 
     def _encode(self, x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
         d = self.dictionary
-        return fused_jumprelu(d.pre_acts(self.whitener(x)), d.log_threshold, d.bandwidth)
+        return dense_jumprelu(d.pre_acts(self.whitener(x)), d.log_threshold, d.bandwidth)
 
     def rebuild(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Raw activations, reconstructed, with a graph."""
@@ -213,7 +213,7 @@ class Trainer:
             return error.new_zeros(())
         some = max(1, len(x) // REVIVE_ROWS)
         reads, error = self.whitener(x[:some]), error[:some].detach()
-        pre = torch.addmm(d.b_enc[dead], reads, d.encoder[dead].T)
+        pre = torch.addmm(d.b_enc[dead], reads, d.W_enc[:, dead])
         values, places = pre.topk(min(d.d_in // 2 or 1, len(dead)), dim=1, sorted=False)
         codes = torch.zeros_like(pre).scatter(1, places, values.relu())
         left = (error - codes @ d.W_dec[dead]).square().sum()

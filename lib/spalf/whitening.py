@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib.activations.stats import Moments
+from lib.activations.moments import Moments
 from lib.runtime import atomic_file
 
 KIND = "whitener 1"

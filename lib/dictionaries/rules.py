@@ -1,0 +1,287 @@
+"""Sparsity rules: from pre-activations to latents.
+
+A rule is a small frozen object without state: what it learns or remembers is in its dictionary's
+`Parameters`. A new rule is one class here:
+
+| | |
+|---|---|
+| `parameters`, `buffers` | tensors that it needs beside the dictionary's own, by name |
+| `acts` | latents at inference, which never depend on a token's neighbours |
+| `select` | in training, the pairs that may be active, without a graph; None: train dense |
+| `sparse`, `dense` | in training, latents with a graph, from those pairs or from the whole matrix |
+
+Only selected pairs are decoded and get gradients.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lib.sparse import DENSE, Scan, SparseActs, dense_jumprelu, sparse_jumprelu
+from lib.sparse.select import largest
+from lib.training import distributed
+
+Acts = Float[Tensor, "n d_sae"]
+HINTS = (0.95, 0.8, 0.5, 0.2, 0.0)
+"""Shares of the smallest score that BatchTopK kept last. Only scores above the first are compared,
+if they are enough, or else above the next: the fewer, the faster."""
+
+
+@runtime_checkable
+class Parameters(Protocol):
+    """Tensors that a rule may read: `b_enc`, code norms, and what the rule itself asked for."""
+
+    b_enc: Tensor
+
+    def code_norms(self) -> Float[Tensor, "d_sae"]: ...
+
+
+class Codes:
+    """Latents in training, and how many of each token are active."""
+
+    encoder_rows: Float[Tensor, "d_sae d_in"]
+    """The encoder in this step's graph: gradients of few rows join the others here at no cost."""
+
+    def __init__(
+        self,
+        acts: SparseActs | Acts,
+        l0: Float[Tensor, "n"] | None = None,
+        pre_acts: Acts | None = None,
+    ) -> None:
+        self.acts, self._l0, self.pre_acts = acts, l0, pre_acts
+
+    @property
+    def l0(self) -> Float[Tensor, "n"]:
+        """With a gradient where the rule gives one (JumpReLU); otherwise counted when asked for."""
+        if self._l0 is not None:
+            return self._l0
+        sparse = isinstance(self.acts, SparseActs)
+        return self.acts.l0() if sparse else (self.acts > 0).sum(1, dtype=self.acts.dtype)
+
+
+class Rule(ABC):
+    """What rules have in common: neither parameters nor a sparse path, unless they say so."""
+
+    def parameters(self, d_sae: int) -> dict[str, Tensor]:
+        """Start of each parameter, `[d_sae]`."""
+        return {}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Start of each buffer."""
+        return {}
+
+    @abstractmethod
+    def acts(self, pre: Acts, p: Parameters) -> Acts:
+        """Latents at inference."""
+
+    def active(self, scan: Scan, p: Parameters) -> SparseActs | None:
+        """Latents at inference as pairs, where a scan finds them sooner than `acts`."""
+        return None
+
+    def select(self, scan: Scan, p: Parameters) -> SparseActs | None:
+        return None
+
+    def dense(self, pre: Acts, p: Parameters) -> Codes:
+        return Codes(self.acts(pre, p), pre_acts=pre)
+
+    def sparse(self, pre: SparseActs, p: Parameters) -> Codes:
+        return Codes(pre.with_values(pre.values.relu()))
+
+    def rescale_(self, p: Parameters, factor: float) -> "Rule":
+        """Multiply biases and thresholds by `factor`; returns the rule in the new unit."""
+        p.b_enc *= factor
+        return self
+
+    def shift_(self, p: Parameters, shift: Float[Tensor, "d_sae"]) -> None:
+        """Lower the pre-activations by `shift`, through the biases."""
+        p.b_enc -= shift
+
+    def narrowed(self, d_sae: int) -> "Rule":
+        """The rule of `d_sae` of the latents alone.
+
+        Raises:
+            ValueError: which latents fire depends on all of them.
+        """
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLU(Rule):
+    """`max(pre, 0)`. Source: Bricken et al. 2023, Towards Monosemanticity."""
+
+    def acts(self, pre: Acts, p: Parameters) -> Acts:
+        return pre.relu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated(Rule):
+    """`1[π > 0] · relu(r)`, where the gate π is the pre-activation and r shares its weights up to
+    a scale `exp(r_mag)` for each latent. The gate learns from a loss term of its own.
+
+    Source: Rajamanoharan et al. 2024, arXiv:2404.16014.
+    """
+
+    def parameters(self, d_sae: int) -> dict[str, Tensor]:
+        return {"r_mag": torch.zeros(d_sae), "b_mag": torch.zeros(d_sae)}
+
+    def acts(self, pre: Acts, p: Parameters) -> Acts:
+        magnitude = (pre - p.b_enc) * p.r_mag.exp() + p.b_mag
+        return torch.where(pre > 0, magnitude.relu(), 0)
+
+    def rescale_(self, p: Parameters, factor: float) -> "Gated":
+        p.b_mag *= factor
+        return super().rescale_(p, factor)
+
+    def shift_(self, p: Parameters, shift: Float[Tensor, "d_sae"]) -> None:
+        p.b_mag -= shift * p.r_mag.exp()
+        super().shift_(p, shift)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpReLU(Rule):
+    """`pre · 1[pre > θ]` with a threshold for each latent, `θ = exp(log_threshold)`.
+
+    θ learns through a rectangle of width `bandwidth` round the jump, in pre-activations before any
+    clamping, so that both halves of the band count.
+
+    Source: Rajamanoharan et al. 2024, arXiv:2407.14435.
+    """
+
+    threshold: float = 1.0
+    """Where every θ starts, in units of the pre-activations."""
+    bandwidth: float = 0.5
+    """Width of the rectangle, in the same units."""
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "bandwidth"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"need {name} > 0, got {getattr(self, name)}")
+
+    def parameters(self, d_sae: int) -> dict[str, Tensor]:
+        return {"log_threshold": torch.full((d_sae,), math.log(self.threshold))}
+
+    def acts(self, pre: Acts, p: Parameters) -> Acts:
+        return torch.where(pre > p.log_threshold.exp(), pre, 0)
+
+    def select(self, scan: Scan, p: Parameters) -> SparseActs | None:
+        """All above `θ - bandwidth / 2`: below it nothing has a gradient."""
+        return scan.above(p.log_threshold.exp() - self.bandwidth / 2, most=DENSE)
+
+    def dense(self, pre: Acts, p: Parameters) -> Codes:
+        bandwidth = torch.full_like(p.log_threshold, self.bandwidth)
+        acts, l0, _ = dense_jumprelu(pre, p.log_threshold, bandwidth)
+        return Codes(acts, l0, pre)
+
+    def sparse(self, pre: SparseActs, p: Parameters) -> Codes:
+        return Codes(*sparse_jumprelu(pre, p.log_threshold.exp(), self.bandwidth))
+
+    def rescale_(self, p: Parameters, factor: float) -> "JumpReLU":
+        p.log_threshold += math.log(factor)
+        super().rescale_(p, factor)
+        return JumpReLU(threshold=self.threshold * factor, bandwidth=self.bandwidth * factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Rule):
+    """The k largest positive pre-activations of each token.
+
+    Source: Gao et al. 2024, arXiv:2406.04093.
+    """
+
+    k: int = 32
+    """Latents kept per token."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"need k >= 1, got {self.k}")
+
+    def acts(self, pre: Acts, p: Parameters) -> Acts:
+        values, indices = pre.topk(self.k, dim=1, sorted=False)
+        return torch.zeros_like(pre).scatter(1, indices, values.relu())
+
+    def active(self, scan: Scan, p: Parameters) -> SparseActs:
+        found = scan.topk(self.k)
+        return found.with_values(found.values.relu()).nonzero()
+
+    def select(self, scan: Scan, p: Parameters) -> SparseActs:
+        return scan.topk(self.k)
+
+    def narrowed(self, d_sae: int) -> Rule:
+        raise ValueError("cannot narrow a TopK dictionary: which latents fire depends on all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTopK(Rule):
+    """In training the n·k largest positive `pre · code norm` of a batch of n tokens (the whole
+    batch, under data parallelism, of which a rank keeps those that are its own); at inference
+    those above `threshold`, a saved buffer: the moving average of the smallest that was kept.
+
+    Source: Bussmann et al. 2024, arXiv:2412.06410.
+    """
+
+    k: int = 32
+    """Latents kept per token, on average over a batch."""
+    threshold_decay: float = 0.9
+    """Weight of the past in the moving average of the threshold, per batch."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"need k >= 1, got {self.k}")
+        if not 0 <= self.threshold_decay < 1:
+            raise ValueError(f"need threshold_decay in [0, 1), got {self.threshold_decay}")
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {"threshold": torch.zeros(()), "smallest": torch.zeros(())}
+
+    def acts(self, pre: Acts, p: Parameters) -> Acts:
+        return torch.where(pre * p.code_norms() > p.threshold, pre, 0).relu()
+
+    def select(self, scan: Scan, p: Parameters) -> SparseActs:
+        """Also moves `threshold`, and `smallest`, the least score that was kept."""
+        norms, count = p.code_norms(), scan.n * self.k
+        if not p.smallest:  # in the first batch: what TopK would keep of half the tokens
+            each = scan.topk(self.k)
+            scores = (each.values * norms[each.indices]).relu()
+            least = norms.new_full((scan.n,), math.inf)
+            least = least.scatter_reduce(0, each.rows, scores, "amin")
+            least[each.offsets.diff() < self.k] = 0
+            p.smallest.copy_(distributed.least_(least.median()))
+        for share in HINTS:
+            active = scan.above(share * p.smallest / norms, k=self.k)
+            if distributed.mean_count(len(active.values), norms.device) >= count:
+                break
+        scores = active.values * norms[active.indices]
+        count = distributed.quota(scores, count)
+        if len(scores) > count:
+            kept = largest(scores, count)
+            active, scores = active.at(kept), scores[kept]
+        smallest = scores.min() if len(scores) else scores.new_tensor(math.inf)
+        if distributed.least_(smallest).isfinite():
+            p.smallest.copy_(smallest)
+            past = torch.where(p.threshold == 0, smallest, p.threshold)
+            p.threshold.copy_(past.lerp(smallest, 1 - self.threshold_decay))
+        return active
+
+    def rescale_(self, p: Parameters, factor: float) -> "BatchTopK":
+        p.threshold *= factor
+        return super().rescale_(p, factor)
+
+    def narrowed(self, d_sae: int) -> "BatchTopK":
+        return replace(self, k=min(self.k, d_sae))  # its k counts in training only
+
+
+RULES = {rule.__name__: rule for rule in (ReLU, Gated, JumpReLU, TopK, BatchTopK)}
+
+
+def rule_to_json(rule: Rule) -> dict:
+    return {"name": type(rule).__name__, **asdict(rule)}
+
+
+def rule_from_json(fields: dict) -> Rule:
+    fields = dict(fields)
+    return RULES[fields.pop("name")](**fields)
