@@ -8,12 +8,12 @@ from safetensors.torch import load, save
 
 from lib import paths
 from lib.activations.buffer import Buffer
-from lib.activations.harvest import HarvestConfig, Harvester, weights_fingerprint
-from lib.activations.moments import Moments
-from lib.activations.moments import Normalizer
+from lib.activations.harvest import HarvestConfig, Harvester
+from lib.activations.moments import Moments, Normalizer
 from lib.activations.source import Block, Source
 from lib.data.corpus import load_corpus
 from lib.models import load_model, module_at, read
+from lib.models.load import weights_fingerprint
 from lib.models.sites import sites
 
 POST, Z = "blocks.1.hook_resid_post", "blocks.2.attn.hook_z"

@@ -10,12 +10,12 @@ from lib import paths
 from lib.activations.harvest import HarvestConfig, Harvester
 from lib.adapters.sae_lora.adapter import SaeLora
 from lib.adapters.sae_lora.config import SaeLoraConfig
+from lib.adapters.sae_lora.source import SaeLoraSource
 from lib.data.corpus import load_corpus
 from lib.dictionaries import Dictionary, DictionaryConfig, SparseActs
 from lib.dictionaries.rules import ReLU
 from lib.latents import LatentRecord, collect
-from lib.latents.recording import record_of
-from lib.latents.source import DictionarySource, LatentSource, SaeLoraSource
+from lib.latents.source import DictionarySource, LatentSource, record_of
 from lib.latents.steering import (
     ablate,
     clamp,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,7 +14,8 @@ from lib.activations import backends
 from lib.activations.source import Block
 from lib.data.corpus import Corpus
 from lib.models.families import hugging_face
-from lib.models.sites import site_dim
+from lib.models.load import weights_fingerprint
+from lib.models.sites import split_head, width_at
 from lib.runtime import resolve_dtype
 
 BACKENDS = {
@@ -149,44 +149,6 @@ class Harvester:
                 norms = [part.float().norm(dim=1) for part in self._acts(i, keep)]
                 return self.config.max_norm * torch.stack(norms).median(dim=1).values
         raise ValueError("max_norm: need a token that is not left out, got a corpus without")
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the config, and over every weight's rows and columns, summed as integers.
-
-    Integer sums are exact, so neither device nor threads matter, and reading the weights is
-    all it costs; whatever changes a single weight changes it.
-    """
-    config = hugging_face(model).config.to_diff_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        numbers = weight.detach().contiguous().view(integers[weight.element_size()])
-        axes = (0, 1) if numbers.ndim > 1 else ()
-        sums = [numbers.flatten(1).sum(axis, dtype=torch.int64) for axis in axes]
-        for part in sums or [numbers]:
-            digest.update(part.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def split_head(hook_name: str) -> tuple[str, int | None]:
-    """The site in the model, and the head."""
-    match = re.fullmatch(r"(.+\.hook_z)\.(\d+)", hook_name)
-    return (match[1], int(match[2])) if match else (hook_name, None)
-
-
-def width_at(model: nn.Module, hook_name: str) -> int:
-    site, head = split_head(hook_name)
-    width = site_dim(model, site)
-    if head is None:
-        return width
-    n_heads = hugging_face(model).config.get_text_config().num_attention_heads
-    if head >= n_heads:
-        raise ValueError(f"{hook_name}: need a head in 0 to {n_heads - 1}, got {head}")
-    return width // n_heads
 
 
 def _check_model(model: nn.Module, corpus: Corpus, which: str) -> None:

@@ -81,6 +81,27 @@ class Chats:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
+class ChatStream:
+    """`accumulate` batches of chats for each step of a training; resumable, and without an end."""
+
+    def __init__(self, chats: Chats, accumulate: int = 1) -> None:
+        self.chats, self.accumulate, self.step = chats, accumulate, 0
+
+    def __iter__(self) -> "ChatStream":
+        return self
+
+    def __next__(self) -> list[dict[str, Tensor]]:
+        first = self.step * self.accumulate
+        self.step += 1
+        return [self.chats.batch(first + i) for i in range(self.accumulate)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.step = int(state["step"])
+
+
 def assistant_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, ""], int]:
     """Sum of nats over the labelled tokens, and how many they are.
 

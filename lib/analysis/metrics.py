@@ -9,11 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.activations.harvest import split_head, width_at
 from lib.activations.source import Block
 from lib.data.corpus import Corpus
 from lib.dictionaries import Dictionary
-from lib.models.sites import replace
+from lib.models.sites import replace, split_head, width_at
 from lib.sparse import SparseActs
 
 

@@ -1,8 +1,7 @@
 """Latents over a corpus and in a running model: which fire where, in which text, what they do."""
 
 from lib.latents.record import Context, LatentRecord, assemble, collect
-from lib.latents.recording import record_of
-from lib.latents.source import DictionarySource, Edit, LatentSource, SaeLoraSource
+from lib.latents.source import DictionarySource, Edit, LatentSource, record_of
 from lib.latents.steering import (
     DoseResponse,
     ablate,
@@ -19,7 +18,6 @@ __all__ = [
     "Edit",
     "LatentRecord",
     "LatentSource",
-    "SaeLoraSource",
     "ablate",
     "assemble",
     "clamp",

@@ -14,16 +14,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lib.activations.backends import hf
-from lib.adapters.sae_lora.adapter import SaeLora
+from lib.data.corpus import Corpus
 from lib.dictionaries import Dictionary, SparseActs
+from lib.latents.record import LatentRecord, Part, assemble
 from lib.models.families import hugging_face
-from lib.models.modes import require_eval
-from lib.models.sites import read, replace, site_dim
+from lib.models.sites import replace, require_eval, site_dim
+from lib.sparse.acts import starts_of
 
 Edit = Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]
 """From a latent's values at all tokens of a forward pass, row by row, to its new values."""
-
-SIDES = ("read", "write")
 
 
 @runtime_checkable
@@ -69,7 +68,7 @@ class DictionarySource:
                 the dictionary's, a site that the model does not have, that has another width or
                 that is `hook_z`; a model in training mode.
         """
-        self.hook_name = _site(model, dictionary, hook_name)
+        self.hook_name = site(model, dictionary, hook_name)
         self.model, self.dictionary = model, dictionary
         self.n_latents = dictionary.d_sae
 
@@ -83,7 +82,7 @@ class DictionarySource:
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
     ) -> SparseActs:
         """See `LatentSource`. Raises ValueError for a model in training mode."""
-        return self.dictionary.encode_sparse(_acts_at(self.model, self.hook_name, tokens, mask))
+        return self.dictionary.encode_sparse(acts_at(self.model, self.hook_name, tokens, mask))
 
     @contextlib.contextmanager
     def edited(self, edits: Mapping[int, Edit]) -> Iterator[None]:
@@ -99,91 +98,10 @@ class DictionarySource:
         directions = self.dictionary.W_dec[chosen]
 
         def edit(x: Tensor) -> Tensor:
-            return _moved(x, self.dictionary.encode(x)[..., chosen], edits, directions)
+            return moved(x, self.dictionary.encode(x)[..., chosen], edits, directions)
 
         with replace(self.model, self.hook_name, edit) if edits else contextlib.nullcontext():
             yield
-
-
-class SaeLoraSource:
-    """What an SAE-LoRA reads, or what it writes; latents keep the dictionary's numbers.
-
-    | side | a latent's value | `write_directions` |
-    |---|---|---|
-    | `read` | `z_j` where a read weight is not zero, else silent | `Σ_r Â_jr s_r (B̂_r W_dec)` |
-    | `write` | `Δz_j`, which may be negative | `W_dec[j]` |
-
-    Values are those of the plain model's activations: it comes without the adapter, which
-    `edited` attaches. An edit on the read side changes the `z_j` that the adapter reads, and no
-    other; on the write side it changes `Δz_j`. A read latent without weight moves nothing.
-    """
-
-    def __init__(self, model: nn.Module, adapter: SaeLora, side: str) -> None:
-        """
-        Args:
-            model: without the adapter attached.
-            side: `read` or `write`.
-
-        Raises:
-            ValueError: another side; what `DictionarySource` refuses.
-        """
-        if side not in SIDES:
-            raise ValueError(f"need a side in {SIDES}, got {side!r}")
-        self.hook_name = _site(model, adapter.dictionary, adapter.config.hook_name)
-        self.model, self.adapter, self.side = model, adapter, side
-        self.n_latents = adapter.d_sae
-
-    @property
-    def write_directions(self) -> Float[Tensor, "n_latents d_model"]:
-        """See the table; computed anew for the adapter's weights of now."""
-        return self._directions(slice(None)).detach()
-
-    @torch.no_grad()
-    def latents(
-        self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
-    ) -> SparseActs:
-        """See `LatentSource`. Raises ValueError for a model in training mode."""
-        acts = self.adapter.dictionary.encode_sparse(
-            _acts_at(self.model, self.hook_name, tokens, mask)
-        )
-        if self.side == "read":
-            return acts.where(self._reads()[acts.indices])
-        return SparseActs.of(self.adapter.latent_delta(acts))
-
-    @contextlib.contextmanager
-    def edited(self, edits: Mapping[int, Edit]) -> Iterator[None]:
-        """The model with the adapter attached and these latents changed; none is the adapter alone.
-
-        Raises:
-            ValueError: as `DictionarySource.edited`.
-        """
-        require_latents(edits, self.n_latents)
-        require_eval(self.model)
-        chosen, site = list(edits), self.hook_name
-        directions = self._directions(chosen)
-        with read(self.model, [site]) as plain, self.adapter.attached(self.model):
-
-            def edit(x: Tensor) -> Tensor:  # x is what the adapter made of plain[site]
-                return _moved(x, self._values(plain[site])[..., chosen], edits, directions)
-
-            with replace(self.model, site, edit) if edits else contextlib.nullcontext():
-                yield
-
-    def _values(self, x: Float[Tensor, "batch seq d"]) -> Float[Tensor, "batch seq d_sae"]:
-        """Every latent's value at the plain activation."""
-        acts = self.adapter.dictionary.encode(x)
-        if self.side == "read":
-            return acts * self._reads()
-        return self.adapter.latent_delta(SparseActs.of(acts.flatten(0, 1))).view_as(acts)
-
-    def _reads(self) -> Bool[Tensor, " d_sae"]:
-        return (self.adapter.read_weights != 0).any(1)
-
-    def _directions(self, latents: list[int] | slice) -> Float[Tensor, "n d"]:
-        a = self.adapter
-        if self.side == "write":
-            return a.dictionary.W_dec[latents]
-        return (a.read_weights[latents] * a.scale) @ a.write_directions
 
 
 def require_latents(latents: Collection[int], n_latents: int) -> None:
@@ -193,7 +111,7 @@ def require_latents(latents: Collection[int], n_latents: int) -> None:
         raise ValueError(f"need latents in 0 to {n_latents - 1}, got {bad}")
 
 
-def _acts_at(
+def acts_at(
     model: nn.Module, hook_name: str, tokens: Int[Tensor, "batch seq"], mask: Tensor
 ) -> Float[Tensor, "n d"]:
     """Activations of the real tokens; the model stops at the site."""
@@ -203,7 +121,7 @@ def _acts_at(
     return x[mask.to(x.device)]
 
 
-def _moved(
+def moved(
     x: Float[Tensor, "batch seq d"],
     values: Float[Tensor, "batch seq chosen"],
     edits: Mapping[int, Edit],
@@ -227,7 +145,7 @@ def _moved(
     return torch.where(changed, x + delta, x)
 
 
-def _site(model: nn.Module, dictionary: Dictionary, hook_name: str) -> str:
+def site(model: nn.Module, dictionary: Dictionary, hook_name: str) -> str:
     """The hook name of a dictionary that can be edited in `model`."""
     config = dictionary.config
     if len(config.site_dims) != 1:
@@ -253,3 +171,45 @@ def _site(model: nn.Module, dictionary: Dictionary, hook_name: str) -> str:
         raise ValueError(f"need a dictionary of width {width} at {name}, got {dictionary.d_in}")
     require_eval(model)
     return name
+
+
+@torch.no_grad()
+def record_of(
+    source: LatentSource, corpus: Corpus, *, batch_rows: int = 64, skip_special: bool = True
+) -> LatentRecord:
+    """The latents of `source` over `corpus`, on the CPU.
+
+    Args:
+        batch_rows: rows of the corpus in a forward pass; memory grows with it.
+        skip_special: leave special tokens out, as harvesting does; the model reads them.
+
+    Raises:
+        ValueError: `batch_rows` below 1; a token id that the model does not have; no token to
+            record; a model in training mode.
+    """
+    if batch_rows < 1:
+        raise ValueError(f"need batch_rows >= 1, got {batch_rows}")
+    n_ids = hugging_face(source.model).get_input_embeddings().num_embeddings
+    largest = int(corpus.ids.max())
+    if largest >= n_ids:
+        raise ValueError(
+            f"the model has {n_ids} token ids, but the corpus holds id {largest}; "
+            "need the model's own tokenizer"
+        )
+    starts = range(0, len(corpus.ids), batch_rows)
+    parts = (_part(source, corpus, start, start + batch_rows, skip_special) for start in starts)
+    return assemble(parts, corpus)
+
+
+def _part(source: LatentSource, corpus: Corpus, start: int, stop: int, skip_special: bool) -> Part:
+    """The latents of some rows of `corpus`."""
+    rows = corpus.rows(start, stop)
+    width = int(rows.mask.any(0).sum())  # no need to run columns of padding
+    mask = rows.mask[:, :width]
+    acts = source.latents(rows.ids[:, :width].long(), mask)
+    kept = ~rows.special[:, :width][mask] if skip_special else mask[mask]
+    at, positions = (x[kept] for x in mask.nonzero(as_tuple=True))
+    pairs = kept.to(acts.rows.device)[acts.rows]
+    offsets = starts_of(acts.offsets.diff()[kept.to(acts.offsets.device)])
+    acts = SparseActs(acts.indices[pairs], acts.values[pairs], offsets, acts.n_latents)
+    return Part(acts, rows.ids[at, positions], at + start, positions)

@@ -1,9 +1,12 @@
 """A Hugging Face causal language model and its tokenizer, from the hub or from a folder."""
 
+import hashlib
 import importlib.util
+import json
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -13,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lib.models.families import hugging_face
 from lib.paths import resolve
 from lib.runtime import resolve_device, resolve_dtype
 
@@ -140,3 +144,24 @@ def four_bit(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the config, and over every weight's rows and columns, summed as integers.
+
+    Integer sums are exact, so neither device nor threads matter, and reading the weights is
+    all it costs; whatever changes a single weight changes it.
+    """
+    config = hugging_face(model).config.to_diff_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        numbers = weight.detach().contiguous().view(integers[weight.element_size()])
+        axes = (0, 1) if numbers.ndim > 1 else ()
+        sums = [numbers.flatten(1).sum(axis, dtype=torch.int64) for axis in axes]
+        for part in sums or [numbers]:
+            digest.update(part.cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lib.data.corpus import Corpus
-from lib.models.modes import frozen, require_eval
-from lib.models.sites import replace, site_dim
+from lib.models.sites import frozen, replace, require_eval, site_dim
 
 Rebuild = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 

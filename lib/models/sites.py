@@ -256,3 +256,39 @@ def _on_resid_mid(norm: nn.Module, layer: nn.Module, fn: Look) -> list[Removable
 
     # first of the layer's hooks: whoever looks at hook_resid_post comes after hook_resid_mid
     return [_on_input(norm, before_norm), layer.register_forward_hook(after_layer, prepend=True)]
+
+
+def require_eval(model: nn.Module) -> None:
+    """Raises ValueError for a model in training mode, where dropout acts."""
+    if model.training:
+        raise ValueError("need a model in eval mode; call model.eval()")
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of `model` enters a graph that is built in here."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def split_head(hook_name: str) -> tuple[str, int | None]:
+    """The site in the model, and the head."""
+    match = re.fullmatch(r"(.+\.hook_z)\.(\d+)", hook_name)
+    return (match[1], int(match[2])) if match else (hook_name, None)
+
+
+def width_at(model: nn.Module, hook_name: str) -> int:
+    site, head = split_head(hook_name)
+    width = site_dim(model, site)
+    if head is None:
+        return width
+    n_heads = hugging_face(model).config.get_text_config().num_attention_heads
+    if head >= n_heads:
+        raise ValueError(f"{hook_name}: need a head in 0 to {n_heads - 1}, got {head}")
+    return width // n_heads

@@ -8,26 +8,23 @@ an augmented Lagrangian.
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from lib.activations.buffer import Buffer
-from lib.activations.prefetch import Prefetch
+from lib import training
 from lib.dictionaries.dictionary import Dictionary
-from lib.runtime import require_writable
-from lib.spalf.checkpoints import load_checkpoint, newest_metadata, save_checkpoint
 from lib.spalf.config import SpalfConfig
 from lib.spalf.control import TOLERANCE
+from lib.spalf.descent import KLMeasure
 from lib.spalf.stratified import Anchors
-from lib.spalf.trainer import KLMeasure, Trainer
-from lib.training.checkpoint import clear_checkpoints, kept, remove, sweep
+from lib.spalf.trainer import SpalfTrainer
+from lib.training import checkpoint, distributed
 
-BAND = 0.01  # of r2 round its target
-DISTINCT = 8  # tokens a dimension at least that a repeating source must hold
+NAME = "dictionary"
+"""Of the only trainer, and of the folder that it leaves."""
 
 
 @dataclass
@@ -56,11 +53,18 @@ class SpalfFit:
             FileNotFoundError: no checkpoint there, or the dictionary is missing: not finished.
             ValueError: a file is damaged.
         """
-        about = newest_metadata(Path(folder))
-        dictionary = Dictionary.load(Path(folder) / "dictionary")
-        names = ("history", "phase_2_at", "reached", "anchor_ids")
-        config = SpalfConfig(**about["identity"]["config"])
-        return cls(dictionary, *(about[name] for name in names), config)
+        about = checkpoint.metadata(Path(folder))
+        if about is None:
+            raise FileNotFoundError(f"need a checkpoint of SPALF in {folder}, got none")
+        dictionary, made = Dictionary.load(Path(folder) / NAME), about["identity"][NAME]
+        facts, config = about["facts"][NAME], SpalfConfig(**made["config"])
+        return cls(
+            dictionary,
+            about["history"][NAME],
+            **facts,
+            anchor_ids=made["anchor_ids"],
+            config=config,
+        )
 
 
 def train_spalf(
@@ -102,123 +106,44 @@ def train_spalf(
 
     Raises:
         ValueError: `d_sae` not above the number of anchors, anchors of another width, a stream that
-            ends or does not vary while calibrating or training, a batch of another width, a resume
-            with another config.
+            ends or does not vary while calibrating or training, a batch of another width, several
+            processes; and as `lib.training.fit`.
         FloatingPointError: activations, the loss or its gradient are not finite; given a folder,
             the batch is saved there. The last checkpoint stays.
         OSError: the folder cannot be written.
     """
-    target = _writable(config, folder, resume)
+    distributed.require_one_process("SPALF")
     device = torch.device(device)
     names = {"hook_names": (hook_name,) if hook_name else (), "model_name": model_name}
-    trainer = Trainer(config, d_in, anchors, patched_kl, device, **names)
-    identity = _identity(config, d_in, anchors, trainer.kl is not None)
-    batches = iter(stream)
-    about = load_checkpoint(target, trainer, batches, identity) if target and resume else None
-    if target:
-        sweep(target, ["dictionary"])
-        if not resume:
-            clear_checkpoints(target)
-            if (target / "dictionary").exists():
-                remove(target / "dictionary")
-    if about is None:
-        drawn = trainer.calibrate(_checked(batches, d_in, "calibration", target), device)
-        _require_distinct(batches, d_in)
-        about = {"step": 0, "drawn": drawn, "history": []}
-    history = about["history"]
-    steps = tqdm(range(about["step"], config.n_steps), desc="spalf", disable=not progress)
-    feed = _checked(batches, d_in, "training", target, about["step"])
-    for step in steps:
-        x = next(feed, None)
-        if x is None:
-            raise ValueError(f"the stream ended at step {step}; need a batch for every step")
-        x = x.to(device, torch.float32)
-        try:
-            seen = trainer.step(step, x)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}{kept(target, x)}") from None
-        if (step + 1) % config.log_every == 0 or step + 1 == config.n_steps:
-            history.append(_entry(trainer, step, len(x), seen))
-            steps.set_postfix_str(_postfix(history[-1]), refresh=False)
-            if on_log:
-                on_log(history, trainer.phase_2_at)
-        due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
-        if target and (due or step + 1 == config.n_steps):
-            about = {
-                "step": step + 1,
-                "drawn": about["drawn"],
-                "history": history,
-                "phase_2_at": trainer.phase_2_at,
-                "reached": _reached(trainer),
-                "anchor_ids": identity["anchor_ids"],
-                "identity": identity,
-            }
-            save_checkpoint(target, trainer, batches, about)
-
-    fit = SpalfFit(
-        trainer.finished(),
-        history,
-        trainer.phase_2_at,
-        _reached(trainer),
-        identity["anchor_ids"],
-        config,
+    trainer = SpalfTrainer(config, d_in, anchors, patched_kl, device, **names)
+    if folder is not None and not resume and (Path(folder) / NAME).exists():
+        checkpoint.remove(Path(folder) / NAME)
+    history, _ = training.fit(
+        {NAME: trainer},
+        stream,
+        folder=folder,
+        resume=resume,
+        checkpoint_every=config.checkpoint_every,
+        device=device,
+        progress=progress,
+        on_log=lambda entries: on_log(entries[NAME], trainer.phase_2_at) if on_log else None,
     )
-    if target:
-        fit.dictionary.save(target / "dictionary")
+    dictionary, phase_2_at = trainer.finished(), trainer.phase_2_at
+    found = SpalfFit(
+        dictionary, history[NAME], phase_2_at, trainer.reached, trainer.anchor_ids, config
+    )
+    if folder is not None:
+        dictionary.save(Path(folder) / NAME)
     for problem in _problems(trainer):
         warnings.warn(problem, stacklevel=2)
-    return fit
+    return found
 
 
-def _writable(config: SpalfConfig, folder: str | Path | None, resume: bool) -> Path | None:
-    if folder is None:
-        if resume or config.checkpoint_every:
-            raise ValueError("resume and checkpoint_every need a folder, got none")
-        return None
-    return require_writable(Path(folder))
-
-
-def _checked(
-    batches: Iterable[Tensor], d_in: int, stage: str, folder: Path | None, start: int = 0
-) -> Iterator[Tensor]:
-    """The batches, each of the right width and finite; `start` is the first one's number."""
-    for i, batch in enumerate(batches, start):
-        if batch.ndim != 2 or batch.shape[1] != d_in or not len(batch):
-            raise ValueError(
-                f"need batches [n {d_in}], n >= 1, got {tuple(batch.shape)} at batch {i} of {stage}"
-            )
-        if not batch.isfinite().all():
-            bad = int((~batch.isfinite()).any(1).sum())
-            raise FloatingPointError(
-                f"{bad} of {len(batch)} activations at batch {i} of {stage} are NaN or infinite"
-                f"{kept(folder, batch)}"
-            )
-        yield batch
-
-
-def _identity(config: SpalfConfig, d_in: int, anchors: Anchors | None, kl: bool) -> dict:
-    """All that the weights depend on besides the stream, which checks itself."""
-    described = asdict(config)
-    del described["checkpoint_every"]
-    ids = [] if anchors is None else anchors.ids.tolist()
-    return {"config": described, "d_in": d_in, "anchor_ids": ids, "patched_kl": kl}
-
-
-def _smoothed_r2(trainer: Trainer) -> float:
-    """From the fast average of log(1 + g), which is log(mse / bound)."""
-    ratio = trainer.control.fast[0].exp().item()
-    return 1 - ratio * (1 - trainer.config.r2_target)
-
-
-def _reached(trainer: Trainer) -> bool:
-    return abs(_smoothed_r2(trainer) - trainer.config.r2_target) <= BAND
-
-
-def _problems(trainer: Trainer) -> Iterator[str]:
+def _problems(trainer: SpalfTrainer) -> Iterator[str]:
     """What a user should know about how the run ended."""
     config, control = trainer.config, trainer.control
-    if not _reached(trainer):
-        r2 = _smoothed_r2(trainer)
+    if not trainer.reached:
+        r2 = trainer.smoothed_r2
         short = r2 < config.r2_target
         cure = "more steps, more latents or a lower target" if short else "more steps or a lower lr"
         yield (
@@ -229,40 +154,6 @@ def _problems(trainer: Trainer) -> Iterator[str]:
         yield "phase 2 was never entered: violations or l0 were not still before the last fifth"
     for name, v in zip(control.names[1:], control.slow[1:].tolist(), strict=True):
         if v > TOLERANCE:
-            yield f"constraint {name!r} is violated at the end, by {math.expm1(v):.0%} of its bound"
-
-
-def _require_distinct(batches: Iterable[Tensor], d_in: int) -> None:
-    """A buffer starts its source again when it ends, so it never runs short of tokens itself."""
-    buffer = batches.buffer if isinstance(batches, Prefetch) else batches
-    if not isinstance(buffer, Buffer) or not buffer.epoch:
-        return
-    n, needed = buffer.n_served // buffer.epoch, DISTINCT * d_in
-    if n < needed:
-        raise ValueError(f"too few tokens to calibrate: need {needed} different ones, got {n}")
-
-
-def _entry(trainer: Trainer, step: int, n: int, seen: dict[str, float]) -> dict:
-    control = trainer.control
-    kl = trainer.latest.get("kl")
-    return {
-        "step": step + 1,
-        "tokens": (step + 1) * n,
-        "lr": trainer.optimizer.param_groups[0]["lr"],
-        "phase": 1 if trainer.phase_2_at is None or step < trainer.phase_2_at else 2,
-        **seen,
-        "kl": None if kl is None else (1 + kl) * trainer.numbers["kl_bound"],
-        "dead": (trainer.since_fired > trainer.dead_after(n)).float().mean().item(),
-        "violations": {name: trainer.latest[name] for name in control.names},
-        "multipliers": dict(zip(control.names, control.multipliers.tolist(), strict=True)),
-        "penalties": dict(zip(control.names, control.penalties.tolist(), strict=True)),
-    }
-
-
-def _postfix(entry: dict) -> str:
-    """The bar: constraints by their first letter."""
-    each = (
-        f"{name[0]} {g:+.2f} λ {entry['multipliers'][name]:.1f} ρ {entry['penalties'][name]:.1f}"
-        for name, g in entry["violations"].items()
-    )
-    return f"l0 {entry['l0']:.1f} r2 {entry['r2']:.3f} | " + " | ".join(each)
+            yield (
+                f"constraint {name!r} is violated at the end, by {math.expm1(v):.0%} of its bound"
+            )

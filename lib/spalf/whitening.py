@@ -3,18 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.activations.moments import Moments
-from lib.runtime import atomic_file
 
-KIND = "whitener 1"
 TRACE_KEPT = 0.99
 ALPHA_SHARE = 0.01
 ROUNDING = 1e-7  # relative standard deviation that float32 makes of a constant
@@ -152,24 +147,6 @@ class Whitener:
         tensors = (state[name] for name in ("mean", "vectors", "values"))
         numbers = (state[name].item() for name in ("rest", "alpha", "n_tokens"))
         return cls(*tensors, *numbers)
-
-    def save(self, path: str | Path) -> None:
-        """One safetensors file, complete or absent."""
-        with atomic_file(path) as temporary:
-            save_file(self.state_dict(), temporary, {"kind": KIND})
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Whitener":
-        """Raises ValueError for a file that is damaged or holds something else."""
-        try:
-            with safe_open(path, "pt") as file:
-                kind = (file.metadata() or {}).get("kind")
-                if kind != KIND:
-                    raise ValueError(f"need a file of kind {KIND!r}, got {kind!r}")
-                names = file.keys()
-                return cls.from_state({name: file.get_tensor(name) for name in names})
-        except (SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is no complete whitener: {error}") from error
 
     def _scaled(self, x: Float[Tensor, "*batch d_in"], power: float) -> Tensor:
         """`x (Σ + αI)^power`, for a power of ±1/2."""

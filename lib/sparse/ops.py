@@ -105,7 +105,7 @@ class _Rows(torch.autograd.Function):
 
 
 def rows_of(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_sae d_in"]:
-    """`W_enc.T`, through which sparse gradients pass; free if dense ones of it are there to join."""
+    """`W_enc.T`, through which sparse gradients pass; free where dense ones are there to join."""
     return _Rows.apply(W_enc)
 
 

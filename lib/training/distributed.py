@@ -50,6 +50,12 @@ def join(device: torch.device) -> torch.device:
     return device
 
 
+def require_one_process(what: str) -> None:
+    """Raises ValueError under `torchrun` with several ranks."""
+    if world_size() > 1:
+        raise ValueError(f"{what} trains in one process, got {world_size()} ranks")
+
+
 def shard(stream: Iterable[Tensor]) -> Iterator[Tensor]:
     """This rank's rows of each global batch of a stream that every rank makes alike.
 

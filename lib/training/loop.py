@@ -95,7 +95,8 @@ def fit(
     """
     n_steps, target = _check(trainers, folder, resume, checkpoint_every, tracking)
     device = distributed.join(torch.device(device))
-    feed, identity = Feed(stream, device, target), _identity(trainers)
+    feed = Feed(stream, device, target)
+    identity = _identity(trainers) if target else {}
     with tracker(tracking, (target or Path()) / "tracking", identity) as log, reused_buffers():
         start, history, seconds = _begin(target, trainers, feed, identity, resume)
         quiet = not progress or distributed.rank() > 0

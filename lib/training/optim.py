@@ -33,9 +33,7 @@ class Optimizer:
         self.parameters = {name: Rows(p) for name, p in module.named_parameters()}
         self.adam = self._made(list(self.parameters.values()), betas)
 
-    def _made(
-        self, parameters: list[Rows], betas: tuple[float, float]
-    ) -> torch.optim.Optimizer:
+    def _made(self, parameters: list[Rows], betas: tuple[float, float]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, betas=betas, fused=True)
 
     def step(self, lr: float, divisor: Float[Tensor, ""]) -> None:
@@ -91,9 +89,7 @@ class Optimizer8bit(Optimizer):
     Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861.
     """
 
-    def _made(
-        self, parameters: list[Rows], betas: tuple[float, float]
-    ) -> torch.optim.Optimizer:
+    def _made(self, parameters: list[Rows], betas: tuple[float, float]) -> torch.optim.Optimizer:
         from bitsandbytes.optim import Adam8bit  # an extra
 
         return Adam8bit(parameters, betas=betas)

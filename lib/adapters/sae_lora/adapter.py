@@ -17,18 +17,19 @@ folded into one direction a rank.
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lib.adapters.sae_lora.bridges import is_bridge, name_in_bridge
+from lib.adapters.sae_lora import format
 from lib.adapters.sae_lora.config import SaeLoraConfig
 from lib.dictionaries import Dictionary
 from lib.dictionaries.interop import from_sae_lens
 from lib.dictionaries.rules import TopK
+from lib.models.bridge import is_bridge, name_in_bridge
 from lib.models.sites import replace as replace_at
 from lib.models.sites import site_dim
 from lib.sparse import SparseActs, sparse_decode
@@ -113,7 +114,7 @@ class SaeLora(nn.Module):
 
     def hidden(self, acts: SparseActs) -> Float[Tensor, "n r"]:
         """How strongly each rank fires: `(acts @ read_weights) * scale`."""
-        return sparse_decode(acts.values, acts, self.read_weights.contiguous()) * self.scale
+        return sparse_decode(acts, self.read_weights.contiguous()) * self.scale
 
     def latent_delta(self, acts: SparseActs) -> Float[Tensor, "n d_sae"]:
         """What the adapter adds to the latents; dense, so for looking rather than for running."""
@@ -130,7 +131,7 @@ class SaeLora(nn.Module):
             return (x + self.delta(x)).to(x)
         flat = x.reshape(-1, x.shape[-1])
         acts = self.dictionary.encode_sparse(flat)
-        x_hat = self.dictionary.decode_sparse(acts)
+        x_hat = self.dictionary.decode(acts)
         return (x_hat + self.hidden(acts) @ self.write_directions).view(x.shape).to(x)
 
     @contextlib.contextmanager
@@ -185,21 +186,44 @@ class SaeLora(nn.Module):
             ValueError: `folder` is a file or holds other files, or `metadata` has a field that
                 the adapter writes itself.
         """
-        from lib.adapters.sae_lora.format import save
+        read, write = self.read_support.sort().values, self.write_support.sort().values
+        gates = self.gates or (self.read_mask, self.write_mask)
+        tensors = {
+            "read": read,
+            "write": write,
+            "lora_A": (self.lora_A * gates[0]).detach()[:, read],
+            "lora_B": (self.lora_B * gates[1][:, None]).detach()[write],
+            "scale": self.scale.detach(),
+        }
+        about = {"d_sae": self.d_sae, "config": asdict(self.config)}
+        return format.write(Path(folder), tensors, about, metadata or {})
 
-        return save(self, Path(folder), metadata or {})
-
-    @staticmethod
-    def load(folder: str | Path, dictionary: Dictionary | nn.Module) -> "SaeLora":
+    @classmethod
+    @torch.no_grad()
+    def load(cls, folder: str | Path, dictionary: Dictionary | nn.Module) -> "SaeLora":
         """An adapter that `save` wrote, on the dictionary that it was trained with.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: damaged files, another kind of adapter, or a dictionary of another size.
         """
-        from lib.adapters.sae_lora.format import load
-
-        return load(Path(folder), dictionary)
+        d_sae, config, tensors = format.read(Path(folder))
+        adapter = cls(dictionary, config)
+        if d_sae != adapter.d_sae:
+            raise ValueError(
+                f"need the dictionary of {d_sae} latents that {folder} was trained on, "
+                f"got one of {adapter.d_sae}"
+            )
+        for weights, mask, kept in (
+            (adapter.lora_A, adapter.read_mask, tensors["read"]),
+            (adapter.lora_B.T, adapter.write_mask, tensors["write"]),
+        ):
+            weights.zero_()
+            mask.zero_()[kept] = 1.0
+        adapter.lora_A[:, tensors["read"]] = tensors["lora_A"].to(adapter.lora_A)
+        adapter.lora_B[tensors["write"]] = tensors["lora_B"].to(adapter.lora_B)
+        adapter.scale.copy_(tensors["scale"])
+        return adapter
 
     def _acts(self, x: Float[Tensor, "n d"]) -> SparseActs:
         """Active latents, of a narrow support only those that are read.

@@ -1,8 +1,8 @@
 """Train a SAE-LoRA: find a sparse support, then refit on it.
 
-In the first `n_steps` the support is found by one of the methods in `lib.adapters.sae_lora.sparsify`;
-then all but the strongest latents are masked, and `n_refit` steps without a penalty fit what is
-left, at a learning rate that falls to 0. Model and dictionary are frozen throughout.
+In the first `n_steps` the support is found by one of the methods in `sparsify`; then all but the
+strongest latents are masked, and `n_refit` steps without a penalty fit what is left, at a learning
+rate that falls to 0. Model and dictionary are frozen throughout.
 """
 
 import contextlib
@@ -15,17 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from tqdm.auto import tqdm
 
-from lib.activations.harvest import weights_fingerprint
-from lib.adapters.chat_loss import Chats, assistant_loss, held_out_loss
+from lib import training
+from lib.adapters.chat_loss import Chats, ChatStream, assistant_loss, held_out_loss
 from lib.adapters.sae_lora.adapter import SaeLora
-from lib.adapters.sae_lora.checkpoints import load_checkpoint, save_checkpoint
 from lib.adapters.sae_lora.config import SaeLoraConfig
 from lib.adapters.sae_lora.sparsify import Regularizer, latent_norms, n_on
-from lib.models.modes import frozen, require_eval
-from lib.runtime import require_writable
-from lib.training.checkpoint import clear_checkpoints, sweep
+from lib.models.load import weights_fingerprint
+from lib.models.sites import frozen, require_eval
+from lib.training import checkpoint, distributed
 
 WARMUP = 10
 """Steps in which the learning rate rises, at the start of each phase."""
@@ -43,11 +41,30 @@ class SaeLoraFit:
     seconds: float
 
 
-class Training:
-    """The state of a run: what a checkpoint holds."""
+class SaeLoraTrainer:
+    """Trains one adapter in place on `ChatStream` batches; a `Trainable`."""
 
-    def __init__(self, adapter: SaeLora, config: SaeLoraConfig) -> None:
-        self.adapter, self.config = adapter, config
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: SaeLora,
+        chats: Chats,
+        held_out: Chats,
+        config: SaeLoraConfig | None = None,
+    ) -> None:
+        """
+        Args:
+            config: of this training, where it is not the adapter's own; it becomes that.
+
+        Raises:
+            ValueError: a model in training mode; a config of another rank or mode.
+        """
+        config = replace(config or adapter.config, hook_name=adapter.config.hook_name)
+        _check(model, adapter, config)
+        adapter.config = config  # which a saved adapter names
+        self.model, self.adapter, self.config = model, adapter, config
+        self.chats, self.held_out = chats, held_out
+        self.n_steps, self.stopped = config.n_steps + config.n_refit, False
         self.regularizer = Regularizer(adapter, config)
         groups = [
             {"params": [adapter.lora_A, adapter.lora_B], "lr": config.lr},
@@ -57,39 +74,160 @@ class Training:
             groups.append({"params": [self.regularizer.log_alpha], "lr": config.scale_lr})
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self._rates = [group["lr"] for group in groups]
-        self.step = 0
-        self.history: list[dict] = []
-        self.seconds = 0.0
+        self.seconds = self.loss = 0.0
         self.best: tuple[float, dict[str, Tensor]] | None = None
         """Held-out loss of the refit's best measurement, and the weights there."""
         self.since_best = 0
 
-    @property
-    def phase(self) -> str:
-        return "search" if self.step < self.config.n_steps else "refit"
+    def start(self, feed: training.Feed) -> None:
+        """Nothing is to be calibrated."""
 
-    @property
-    def n_total(self) -> int:
-        return self.config.n_steps + self.config.n_refit
+    def step(self, step: int, batch: list[dict[str, Tensor]]) -> None:
+        """One step of Adam.
 
-    def set_rate_(self) -> float:
-        """Constant while the support is found, then a cosine to 0; returns the weights' rate."""
-        c = self.config
-        start = 0 if self.phase == "search" else c.n_steps
-        rise = min(1.0, (self.step - start + 1) / WARMUP)
-        fall = 1.0
-        if self.phase == "refit":
-            fall = 0.5 * (1 + math.cos(math.pi * (self.step - start) / c.n_refit))
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * rise * fall
-        return self.optimizer.param_groups[0]["lr"]
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        began = time.perf_counter()
+        adapter, config, searching = self.adapter, self.config, step < self.config.n_steps
+        rate = self._set_rate_(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        n_tokens = sum(int((part["labels"][:, 1:] >= 0).sum()) for part in batch)
+        self.loss = 0.0
+        with self._running():
+            for i, part in enumerate(batch):
+                if searching:  # the same gates for every part of the batch, in a graph of its own
+                    noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+                    self.regularizer.before_step(adapter, noise)
+                loss = assistant_loss(self.model, part)[0] / n_tokens
+                self.loss += loss.item()
+                if searching and i == 0:
+                    loss = loss + self.regularizer.penalty(adapter)
+                loss.backward()
+        if not math.isfinite(self.loss):
+            raise FloatingPointError(f"the loss is {self.loss} at step {step}; use a smaller lr")
+        clip_grad_norm_(self._parameters(), config.grad_clip)
+        self.optimizer.step()
+        if searching:
+            self.regularizer.after_step(adapter, rate, (step + 1) / config.n_steps)
+        if step + 1 == config.n_steps:
+            self.regularizer.finish(adapter)
+            self.optimizer.state.clear()  # moments of latents that are gone
+        self.seconds += time.perf_counter() - began
+
+    def report(self, n_done: int) -> dict | None:
+        """See `SaeLoraFit.history`; also decides whether to stop early."""
+        config, adapter = self.config, self.adapter
+        if n_done % config.eval_every and n_done not in (config.n_steps, self.n_steps):
+            return None
+        began = time.perf_counter()
+        if adapter.gates is not None:  # not the last draw, but what the gates have come to
+            adapter.gates = self.regularizer.likely_gates()
+        with torch.no_grad(), self._running():
+            norms = [n_on(x) for x in latent_norms(adapter)]
+            loss = held_out_loss(self.model, self.held_out)
+        if config.patience and n_done >= config.n_steps:
+            if self.best is None or loss < self.best[0]:
+                self.best, self.since_best = (loss, self.weights()), 0
+            else:
+                self.since_best += 1
+            self.stopped = self.since_best >= config.patience
+        self.seconds += time.perf_counter() - began
+        return {
+            "phase": "search" if n_done <= config.n_steps else "refit",
+            "loss": self.loss,
+            "held_out": loss,
+            "n_read": norms[0],
+            "n_write": norms[1],
+            "weight_read": self.regularizer.weights[0].item(),
+            "weight_write": self.regularizer.weights[1].item(),
+            "seconds": self.seconds,
+        }
+
+    def summary(self, entry: dict) -> str:
+        return f"held out {entry['held_out']:.3f}"
+
+    def finished(self) -> SaeLora:
+        """The adapter, at its best measurement where patience watched over it."""
+        if self.best is not None:
+            self._restore_(self.best[1])
+        return self.adapter
+
+    def identity(self) -> dict:
+        return {
+            "config": asdict(self.config),
+            "chats": self.chats.fingerprint,
+            "n_chats": len(self.chats),
+            "batch_size": self.chats.batch_size,
+            "data_seed": self.chats.seed,
+            "n_held_out": len(self.held_out),
+            "model": weights_fingerprint(self.model),
+            "dictionary": [float(p.double().sum()) for p in self.adapter.dictionary.parameters()],
+        }
+
+    def facts(self) -> dict:
+        return {}
 
     def weights(self) -> dict[str, Tensor]:
         own = ("lora_A", "lora_B", "scale", "read_mask", "write_mask")
         return {name: getattr(self.adapter, name).detach().clone() for name in own}
 
+    def state(self) -> checkpoint.Parts:
+        regularizer, adam = self.regularizer, {}
+        for i, parameter in enumerate(self._parameters()):
+            found = self.optimizer.state.get(parameter, {})
+            adam |= {f"{i}.{key}": value for key, value in found.items()}
+        numbers = [self.seconds, self.loss, self.since_best, self.stopped]
+        trainer = {
+            "weights": regularizer.weights,
+            "log_alpha": regularizer.log_alpha,
+            "started": torch.tensor(regularizer.started),
+            "numbers": torch.tensor(numbers, dtype=torch.float64),
+        }
+        parts = {"model": self.weights(), "optimizer": adam, "trainer": trainer}
+        if self.best is not None:
+            loss = torch.tensor(self.best[0], dtype=torch.float64)
+            parts["best"] = self.best[1] | {"held_out": loss}
+        return parts
+
+    def load_state(self, parts: checkpoint.Parts) -> None:
+        trainer, regularizer = parts["trainer"], self.regularizer
+        self._restore_(parts["model"])
+        regularizer.weights.copy_(trainer["weights"])
+        regularizer.log_alpha.data.copy_(trainer["log_alpha"])
+        regularizer.started = tuple(trainer["started"].tolist())
+        self.seconds, self.loss, since_best, stopped = trainer["numbers"].tolist()
+        self.since_best, self.stopped = int(since_best), bool(stopped)
+        for i, parameter in enumerate(self._parameters()):
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{i}.{key}" in parts["optimizer"]:
+                    value = parts["optimizer"][f"{i}.{key}"]
+                    device = "cpu" if key == "step" else parameter.device
+                    self.optimizer.state[parameter][key] = value.to(device)
+        if "best" in parts:
+            weights = dict(parts["best"])
+            self.best = weights.pop("held_out").item(), weights
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        with frozen(self.model), self.adapter.attached(self.model):
+            yield
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _set_rate_(self, step: int) -> float:
+        """Constant while the support is found, then a cosine to 0; returns the weights' rate."""
+        c, searching = self.config, step < self.config.n_steps
+        since = step if searching else step - c.n_steps
+        rise = min(1.0, (since + 1) / WARMUP)
+        fall = 1.0 if searching else 0.5 * (1 + math.cos(math.pi * since / c.n_refit))
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * rise * fall
+        return self.optimizer.param_groups[0]["lr"]
+
     @torch.no_grad()
-    def restore_(self, weights: dict[str, Tensor]) -> None:
+    def _restore_(self, weights: dict[str, Tensor]) -> None:
         for name, value in weights.items():
             getattr(self.adapter, name).copy_(value)
 
@@ -119,133 +257,28 @@ def train_sae_lora(
 
     Raises:
         ValueError: a model in training mode or of another width; a checkpoint of another config;
-            checkpoints or resuming without a folder.
+            checkpoints or resuming without a folder; several processes.
         FloatingPointError: the loss is not finite; the step is named.
     """
-    config = replace(config or adapter.config, hook_name=adapter.config.hook_name)
-    _check(model, adapter, config)
-    adapter.config = config  # which a saved adapter names
-    if folder is None and (resume or checkpoint_every):
-        raise ValueError("resume and checkpoint_every need a folder, got none")
-    run, identity = Training(adapter, config), {}
-    if folder is not None:
-        folder = require_writable(Path(folder))
-        identity = _identity(model, adapter, chats, held_out)
-        sweep(folder, ())
-        if resume:
-            load_checkpoint(folder, run, identity)
-        else:
-            clear_checkpoints(folder)
-    progress = tqdm(total=run.n_total, initial=run.step, desc="SAE-LoRA", mininterval=2)
-    with _without_gates(adapter), frozen(model), adapter.attached(model), progress:
-        began = time.perf_counter() - run.seconds
-        while run.step < run.n_total:
-            loss = _step(model, run, chats)
-            run.step += 1
-            progress.update()
-            run.seconds = time.perf_counter() - began
-            if run.step == config.n_steps:
-                run.regularizer.finish(adapter)
-                run.optimizer.state.clear()  # moments of latents that are gone
-            if run.step % config.eval_every == 0 or run.step in (config.n_steps, run.n_total):
-                _measure(model, run, held_out, loss)
-                progress.set_postfix(held_out=f"{run.history[-1]['held_out']:.3f}", refresh=False)
-                if on_eval is not None:
-                    on_eval(run.history)
-                if _stops_early(run):
-                    break
-            if checkpoint_every and run.step % checkpoint_every == 0:
-                save_checkpoint(folder, run, identity)
-    if run.best is not None:
-        run.restore_(run.best[1])
-    if folder is not None:
-        clear_checkpoints(folder)
-    return SaeLoraFit(adapter, run.history, run.seconds)
-
-
-def _identity(model: nn.Module, adapter: SaeLora, chats: Chats, held_out: Chats) -> dict:
-    """What a checkpoint must agree with to be gone on from."""
-    return {
-        "config": asdict(adapter.config),
-        "chats": chats.fingerprint,
-        "n_chats": len(chats),
-        "batch_size": chats.batch_size,
-        "data_seed": chats.seed,
-        "n_held_out": len(held_out),
-        "model": weights_fingerprint(model),
-        "dictionary": [float(p.double().sum()) for p in adapter.dictionary.parameters()],
-    }
-
-
-@contextlib.contextmanager
-def _without_gates(adapter: SaeLora) -> Iterator[None]:
-    """Gates that are learned in here do not outlive it, whatever happens."""
+    distributed.require_one_process("SAE-LoRA")
+    trainer = SaeLoraTrainer(model, adapter, chats, held_out, config)
     try:
-        yield
+        with adapter.attached(model):  # a width that does not fit is found before anything
+            pass
+        history, _ = training.fit(
+            {"SAE-LoRA": trainer},
+            ChatStream(chats, trainer.config.accumulate),
+            folder=folder,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            on_log=lambda entries: on_eval(entries["SAE-LoRA"]) if on_eval else None,
+        )
     finally:
-        adapter.gates = None
-
-
-def _step(model: nn.Module, run: Training, chats: Chats) -> float:
-    """One step of Adam; returns its loss in nats per token, without the penalty."""
-    adapter, config = run.adapter, run.config
-    rate = run.set_rate_()
-    searching = run.phase == "search"
-    run.optimizer.zero_grad(set_to_none=True)
-    first = run.step * config.accumulate
-    batches = [chats.batch(first + i) for i in range(config.accumulate)]
-    n_tokens = sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
-    total = 0.0
-    for i, batch in enumerate(batches):
-        if searching:  # the same gates for every batch of the step, with a graph of its own
-            noise = torch.Generator().manual_seed(config.seed * 1_000_003 + run.step)
-            run.regularizer.before_step(adapter, noise)
-        loss = assistant_loss(model, batch)[0] / n_tokens
-        total += loss.item()
-        if searching and i == 0:
-            loss = loss + run.regularizer.penalty(adapter)
-        loss.backward()
-    if not math.isfinite(total):
-        raise FloatingPointError(f"the loss is {total} at step {run.step}; use a smaller lr")
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    clip_grad_norm_(parameters, config.grad_clip)
-    run.optimizer.step()
-    if searching:
-        done = (run.step + 1) / config.n_steps
-        run.regularizer.after_step(adapter, rate, done)
-    return total
-
-
-def _measure(model: nn.Module, run: Training, held_out: Chats, loss: float) -> None:
-    if run.adapter.gates is not None:  # not the last draw, but what the gates have come to
-        run.adapter.gates = run.regularizer.likely_gates()
-    with torch.no_grad():
-        norms = [n_on(x) for x in latent_norms(run.adapter)]
-    entry = {
-        "step": run.step,
-        "phase": "search" if run.step <= run.config.n_steps else "refit",
-        "loss": loss,
-        "held_out": held_out_loss(model, held_out),
-        "n_read": norms[0],
-        "n_write": norms[1],
-        "weight_read": run.regularizer.weights[0].item(),
-        "weight_write": run.regularizer.weights[1].item(),
-        "seconds": run.seconds,
-    }
-    run.history.append(entry)
-
-
-def _stops_early(run: Training) -> bool:
-    """Keeps the best weights of a refit, and says whether it has waited long enough."""
-    searched = run.step >= run.config.n_steps
-    if not run.config.patience or not searched:
-        return False
-    loss = run.history[-1]["held_out"]
-    if run.best is None or loss < run.best[0]:
-        run.best, run.since_best = (loss, run.weights()), 0
-    else:
-        run.since_best += 1
-    return run.since_best >= run.config.patience
+        adapter.gates = None  # gates that are learned do not outlive the training
+    trainer.finished()
+    if folder is not None:
+        checkpoint.clear(Path(folder))
+    return SaeLoraFit(adapter, history["SAE-LoRA"], trainer.seconds)
 
 
 def _check(model: nn.Module, adapter: SaeLora, config: SaeLoraConfig) -> None:

@@ -39,7 +39,7 @@ def sparsity_path(
     return _one_after_another(model, adapter, chats, held_out, stages)
 
 
-def weight_sweep(
+def weight_path(
     model: nn.Module,
     adapter: SaeLora,
     chats: Chats,
