@@ -10,7 +10,7 @@ import time
 import torch
 from torch.autograd import grad
 
-from lib.sparse import fused_jumprelu
+from lib.sparse import dense_jumprelu
 
 REPEATS = 30
 
@@ -46,11 +46,11 @@ def seconds(function, cuda: bool) -> float:
 
 def on_gpu(n: int, d_sae: int, dtype: torch.dtype) -> None:
     pre, log_threshold, bandwidth = inputs(n, d_sae, "cuda", dtype)
-    out = fused_jumprelu(pre, log_threshold, bandwidth)
+    out = dense_jumprelu(pre, log_threshold, bandwidth)
     ones = [torch.ones_like(x) for x in out]
     leaves = (pre, log_threshold)
     passes = {  # matrices read and written
-        "forward": (2, lambda: fused_jumprelu(pre, log_threshold, bandwidth)),
+        "forward": (2, lambda: dense_jumprelu(pre, log_threshold, bandwidth)),
         "backward": (3, lambda: grad(out, leaves, ones, retain_graph=True)),
     }
     for name, (matrices, function) in passes.items():
@@ -68,7 +68,7 @@ def on_cpu(n: int, d_sae: int) -> None:
     d_acts, d_rows = torch.randn(n, d_sae), torch.randn(n)
 
     def fused():
-        out = fused_jumprelu(pre, log_threshold, bandwidth)
+        out = dense_jumprelu(pre, log_threshold, bandwidth)
         grad(out, (pre, log_threshold), (d_acts, d_rows, d_rows))
 
     print(f"{n:6d} x {d_sae:6d} eager {1000 * seconds(fused, False):.2f} ms")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lib.dictionaries import FitConfig
 from lib.dictionaries.recipes import batchtopk, jumprelu, topk
-from lib.dictionaries.trainer import Trainee
+from lib.dictionaries.trainer import DictionaryTrainer
 from lib.sparse import screen as search
 from tests.bench_measure import WARM_UP, Setup, Start
 
@@ -42,7 +42,7 @@ def autocast(setup: Setup) -> contextlib.AbstractContextManager:
 
 
 class Ours:
-    """`lib.dictionaries.Trainee`."""
+    """`lib.dictionaries.DictionaryTrainer`."""
 
     note = ""
 
@@ -66,7 +66,7 @@ class Ours:
             n_steps=WARM_UP + setup.steps, lr=setup.lr, lr_schedule="constant", lr_warmup=0.0,
             normalize="none", dead_after=setup.dead_after, seed=setup.seed, dtype=setup.dtype,
         )  # fmt: skip
-        self.trainee = Trainee(config, recipe, fit, torch.device(setup.device))
+        self.trainee = DictionaryTrainer(config, recipe, fit, torch.device(setup.device))
         with torch.no_grad():
             self.trainee.dictionary.W_dec.copy_(start.rows)
             self.trainee.dictionary.encoder.copy_(start.encoder)

@@ -1,4 +1,8 @@
-"""Shapes and types of `lib` are checked under pytest only, by jaxtyping and beartype."""
+"""Shapes and types of `lib` are checked under pytest only, by jaxtyping and beartype.
+
+The check takes 45 % of a test's time. `LATENT_BENCH_TYPES=0` leaves it out; `make test` does so for
+the tests marked `slow`.
+"""
 
 import multiprocessing
 import os
@@ -18,15 +22,22 @@ MODULES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for file in (ROOT / "lib").rglob("*.py")
 }
-DATA = {name for name in MODULES if name.startswith("lib.data")}
-# Few tensors there, inner loops that run a million times, and `datasets` hashes functions: plain
-# beartype does, at a tenth of the cost.
-beartype_package("lib.data", conf=BeartypeConf(is_pep484_tower=True))
-install_import_hook(sorted(MODULES - DATA - {"lib"}), "beartype.beartype")
+PLAIN = {name for name in MODULES if name.startswith(("lib.data", "lib.world"))}
+if os.environ.get("LATENT_BENCH_TYPES") != "0":
+    # Few tensors there, inner loops that run a million times, and `datasets` hashes functions:
+    # plain beartype does, at a tenth of the cost.
+    for package in ("lib.data", "lib.world"):
+        beartype_package(package, conf=BeartypeConf(is_pep484_tower=True))
+    install_import_hook(sorted(MODULES - PLAIN - {"lib"}), "beartype.beartype")
 
 import pytest
 
+from lib import paths
+from lib.dictionaries import Dictionary
+from lib.models import load_model
 from lib.world import Reader, Rewriter, World
+
+SHIPPED = paths.shipped_dir()
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +53,24 @@ def reader(world) -> Reader:
 @pytest.fixture(scope="session")
 def rewriter(world) -> Rewriter:
     return Rewriter(world)
+
+
+@pytest.fixture(scope="session")
+def gemma():
+    """The shipped `tiny-gemma2` and its tokenizer; leave them as they are."""
+    return load_model(SHIPPED / "models" / "tiny-gemma2", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def llama():
+    """The shipped `tiny-llama` and its tokenizer; leave them as they are."""
+    return load_model(SHIPPED / "models" / "tiny-llama", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def shipped_sae() -> Dictionary:
+    """The shipped TopK dictionary of `tiny-gemma2`; leave it as it is."""
+    return Dictionary.load(SHIPPED / "saes" / "tiny-gemma2" / "topk")
 
 
 @pytest.fixture(scope="session")

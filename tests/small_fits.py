@@ -14,7 +14,7 @@ import torch
 from lib.activations.buffer import Buffer
 from lib.dictionaries import Dictionary, FitConfig, fit, recipes
 from lib.dictionaries.losses import Reconstruction
-from lib.dictionaries.trainer import Trainee
+from lib.dictionaries.trainer import DictionaryTrainer
 from lib.sparse import SparseActs, memory
 from lib.sparse import screen as search
 from lib.sparse.memory import Memory
@@ -42,14 +42,14 @@ def trainee(
     d_sae: int = 64,
     shape: dict | None = None,
     **settings,
-) -> Trainee:
+) -> DictionaryTrainer:
     """Of the planted activations, unless `shape` says otherwise; `settings` are `FitConfig`'s."""
     config = recipe.dictionary(**{"site_dims": (16,), "d_sae": d_sae} | (shape or {}))
     defaults = {"n_steps": 12, "lr": 3e-3, "dead_after": 150}
-    return Trainee(config, recipe, FitConfig(**defaults | settings), CPU, memory)
+    return DictionaryTrainer(config, recipe, FitConfig(**defaults | settings), CPU, memory)
 
 
-def trained(recipe: recipes.Recipe, n_steps: int, **settings) -> tuple[Trainee, list]:
+def trained(recipe: recipes.Recipe, n_steps: int, **settings) -> tuple[DictionaryTrainer, list]:
     """And what each step computed."""
     it = trainee(recipe, n_steps=n_steps, **settings)
     batches = planted(n_steps)
@@ -57,7 +57,9 @@ def trained(recipe: recipes.Recipe, n_steps: int, **settings) -> tuple[Trainee, 
     return it, [it.step(i, batch) for i, batch in enumerate(batches)]
 
 
-def learnt(recipe: recipes.Recipe, n_steps: int, **settings) -> tuple[Trainee, list, float]:
+def learnt(
+    recipe: recipes.Recipe, n_steps: int, **settings
+) -> tuple[DictionaryTrainer, list, float]:
     """Trained until it has learnt, and the fvu of 960 tokens that it has not seen."""
     it, outs = trained(recipe, n_steps, **{"lr": 5e-3, "dead_after": 2000} | settings)
     fvu = fvu_of(it.finished(), torch.cat(planted(n_steps + 20)[n_steps:]))

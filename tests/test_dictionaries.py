@@ -14,7 +14,7 @@ from lib.dictionaries import (
     losses,
     recipes,
 )
-from lib.dictionaries.losses import Pass
+from lib.dictionaries.losses import StepOutput
 from lib.dictionaries.rules import (
     BatchTopK,
     Gated,
@@ -22,7 +22,7 @@ from lib.dictionaries.rules import (
     ReLU,
     TopK,
 )
-from lib.sparse import active_pre_acts, fused_jumprelu, sparse_decode
+from lib.sparse import active_pre_acts, dense_jumprelu, sparse_decode
 
 RULES = [ReLU(), Gated(), JumpReLU(threshold=0.6), TopK(k=5), BatchTopK(k=5)]
 IDS = [type(rule).__name__ for rule in RULES]
@@ -167,7 +167,7 @@ def test_inference_does_not_depend_on_neighbours(rule):
 
 def jumped(pre, theta, width):
     """`acts` and `l0` as the kernel gives them, with a gradient to θ itself."""
-    return fused_jumprelu(pre, theta.log(), torch.full_like(theta, width).detach())[:2]
+    return dense_jumprelu(pre, theta.log(), torch.full_like(theta, width).detach())[:2]
 
 
 def test_jumprelu_uses_both_halves_of_the_band():
@@ -271,7 +271,7 @@ def a_pass(recipe, dead=(), t=0.5, **options) -> Pass:
     x = 2 * torch.randn(64, 12)
     acts, l0, pre = d.training_acts(x, whole=recipe.whole)
     x_hat = d.decode_sparse(acts) if isinstance(acts, SparseActs) else d.decode(acts)
-    return Pass(d, x, x, x_hat, acts, pre, torch.tensor(dead, dtype=torch.long), t, l0)
+    return StepOutput(d, x, x, x_hat, acts, pre, torch.tensor(dead, dtype=torch.long), t, l0)
 
 
 def test_auxk_reaches_the_dead_and_nobody_else():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lib.activations.buffer import Buffer
 from lib.dictionaries import Dictionary, FitConfig, fit, recipes
-from lib.dictionaries.trainer import Trainee
+from lib.dictionaries.trainer import DictionaryTrainer
 from lib.training.checkpoint import load_checkpoint
 from tests import fit_worker
 from tests.fit_worker import Planted, config, plans, run, stream
@@ -148,7 +148,7 @@ def test_transcoder_learns_a_linear_map():
 
 def test_resampling_revives_dead_latents():
     dead = plan(recipes.standard_resample(l1=0.3))
-    trainee = Trainee(*dead, config(dead_after=100, n_steps=10), torch.device("cpu"))
+    trainee = DictionaryTrainer(*dead, config(dead_after=100, n_steps=10), torch.device("cpu"))
     trainee.start(next(stream()))
     trainee.step(0, next(stream()))
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_resume_takes_plans_in_any_order_and_sweeps_what_kills_left(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step():
     chosen = plan(recipes.topk(k=3))
-    trainee = Trainee(*chosen, config(n_steps=10), torch.device("cpu"))
+    trainee = DictionaryTrainer(*chosen, config(n_steps=10), torch.device("cpu"))
     trainee.start(next(stream()))
     trainee.step(0, next(stream()))
     before = {k: v.clone() for k, v in trainee.state().items()}
@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch(tmp_path):
     assert bad.shape == (64, 16) and bad.abs().max() > 1e29
     (step, _) = load_checkpoint(
         tmp_path,
-        {"topk": Trainee(*plan(recipes.topk(k=3)), config(), torch.device("cpu"))},
+        {"topk": DictionaryTrainer(*plan(recipes.topk(k=3)), config(), torch.device("cpu"))},
         exploding(),
         json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())["config"],
     )

@@ -13,7 +13,7 @@ import torch
 from torch.autograd import grad, gradcheck
 
 from lib import paths
-from lib.sparse import eager, fused_jumprelu
+from lib.sparse import dense_jumprelu, eager
 
 ROOT = paths.root()
 CUDA = torch.cuda.is_available()
@@ -57,7 +57,7 @@ def reference(pre, log_threshold, bandwidth):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_eager_has_the_values_and_gradients_of_the_reference(shape, width):
     inputs, grads = some(*shape, width=width)
-    ours, right = (run(f, inputs, grads) for f in (eager.fused_jumprelu, reference))
+    ours, right = (run(f, inputs, grads) for f in (eager.dense_jumprelu, reference))
     torch.testing.assert_close(ours, right)
 
 
@@ -72,7 +72,7 @@ def test_single_elements_by_hand():
     """Below, on both edges, on both sides, on the threshold itself, above; θ 1, bandwidth 1/2."""
     inputs = (torch.tensor(EDGES), torch.zeros(1), torch.tensor([0.5]))
     one = torch.ones(7)
-    acts, l0, gap, _, _ = run(eager.fused_jumprelu, inputs, [one[:, None], one, one])
+    acts, l0, gap, _, _ = run(eager.dense_jumprelu, inputs, [one[:, None], one, one])
     assert acts[:, 0].tolist() == [0, 0, 0, 0, 1.125, 1.25, 2]
     assert l0.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert gap.tolist() == [0, 0, 0.25, 0.5, 0.25, 0, 0]
@@ -82,7 +82,7 @@ def test_single_elements_by_hand():
         for which, right in enumerate((through_acts, through_l0, through_gap)):
             only = [torch.zeros(7, 1), torch.zeros(7), torch.zeros(7)]
             only[which][place] = 1
-            d_pre, d_log_threshold = run(eager.fused_jumprelu, inputs, only)[3:]
+            d_pre, d_log_threshold = run(eager.dense_jumprelu, inputs, only)[3:]
             moves = {0: float(place > 3), 1: 0.0, 2: -float(right)}[which]
             assert d_pre[place].item() == moves and d_pre.abs().sum() == abs(moves)
             assert d_log_threshold.item() == right
@@ -94,13 +94,13 @@ def test_gradient_of_the_gap_is_exact():
     u = (pre - log_threshold.exp()).abs()
     kinks = torch.stack([u, (u - inputs[2] / 2).abs()])
     assert kinks.min() > 1e-4 and 0.2 < (u < inputs[2] / 2).double().mean() < 0.8
-    assert gradcheck(lambda a, b: eager.fused_jumprelu(a, b, inputs[2])[2], (pre, log_threshold))
+    assert gradcheck(lambda a, b: eager.dense_jumprelu(a, b, inputs[2])[2], (pre, log_threshold))
 
 
 def test_no_latent_active_and_all_active():
     inputs, grads = some(5, 40, width=0.1)
     inputs[0][1], inputs[0][2] = -3.0, 3.0
-    acts, l0, gap, d_pre, _ = run(eager.fused_jumprelu, inputs, grads)
+    acts, l0, gap, d_pre, _ = run(eager.dense_jumprelu, inputs, grads)
     assert l0[1] == 0 and acts[1].abs().sum() == 0 and d_pre[1].abs().sum() == 0
     assert l0[2] == 40 and torch.equal(acts[2], inputs[0][2]) and torch.equal(d_pre[2], grads[0][2])
     assert (gap[1:3] == 0).all() and 0 < l0[0] < 40
@@ -114,24 +114,24 @@ def odd_strides(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("width", [0.01, 1.0])
 def test_strides_do_not_matter(width):
     inputs, grads = some(24, 40, width=width)
-    right = run(eager.fused_jumprelu, inputs, grads)
-    ours = run(lambda pre, *rest: eager.fused_jumprelu(odd_strides(pre), *rest), inputs, grads)
+    right = run(eager.dense_jumprelu, inputs, grads)
+    ours = run(lambda pre, *rest: eager.dense_jumprelu(odd_strides(pre), *rest), inputs, grads)
     torch.testing.assert_close(ours, right, rtol=0, atol=0)
-    ours = run(eager.fused_jumprelu, inputs, [odd_strides(grads[0]), *grads[1:]])
+    ours = run(eager.dense_jumprelu, inputs, [odd_strides(grads[0]), *grads[1:]])
     torch.testing.assert_close(ours, right, rtol=0, atol=0)
     spread = [torch.ones(()).double().expand(x.shape) for x in grads]  # as `.sum()` gives them
     dense = [x.contiguous() for x in spread]
-    ours, right = (run(eager.fused_jumprelu, inputs, given) for given in (spread, dense))
+    ours, right = (run(eager.dense_jumprelu, inputs, given) for given in (spread, dense))
     torch.testing.assert_close(ours, right, rtol=0, atol=0)
 
 
 def test_half_precision_sums_in_float32():
     inputs, grads = some(30, 601, dtype=torch.bfloat16, wide=torch.float32)
     inputs[0][0] = 3.0  # 601 is no bfloat16
-    ours = run(eager.fused_jumprelu, inputs, grads)
+    ours = run(eager.dense_jumprelu, inputs, grads)
     assert ours[0].dtype == ours[3].dtype == torch.bfloat16
     as_float32 = (inputs[0].float(), *inputs[1:]), [grads[0].float(), *grads[1:]]
-    right = run(eager.fused_jumprelu, *as_float32)
+    right = run(eager.dense_jumprelu, *as_float32)
     assert ours[1][0] == 601
     torch.testing.assert_close(ours[1:3] + ours[4:], right[1:3] + right[4:], rtol=0, atol=0)
     assert torch.equal(ours[3], right[3].bfloat16()) and torch.equal(ours[0], right[0].bfloat16())
@@ -139,7 +139,7 @@ def test_half_precision_sums_in_float32():
 
 def test_bad_input_is_named():
     pre, log_threshold, bandwidth = some(4, 6)[0]
-    unchecked = inspect.unwrap(fused_jumprelu)  # as outside the tests, where shapes are not types
+    unchecked = inspect.unwrap(dense_jumprelu)  # as outside the tests, where shapes are not types
     with pytest.raises(ValueError, match=r"need log_threshold of shape \(6,\).* got \(1,\)"):
         unchecked(pre, log_threshold[:1], bandwidth)
     with pytest.raises(ValueError, match=r"need bandwidth of shape \(6,\).* got \(\)"):
@@ -151,8 +151,8 @@ def test_bad_input_is_named():
 def test_plain_torch_does_not_import_triton():
     code = """
 import sys, torch
-from lib.sparse import fused_jumprelu
-fused_jumprelu(torch.ones(2, 3), torch.zeros(3), torch.ones(3))
+from lib.sparse import dense_jumprelu
+dense_jumprelu(torch.ones(2, 3), torch.zeros(3), torch.ones(3))
 assert "triton" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -178,7 +178,7 @@ def compare_with_triton(inputs, grads):
     from lib.sparse.triton import triton_jumprelu
 
     device = "cuda" if CUDA else "cpu"
-    right = run(eager.fused_jumprelu, inputs, grads)
+    right = run(eager.dense_jumprelu, inputs, grads)
     there = tuple(x.to(device) for x in inputs)
     upstream = [x.to(device) for x in grads]
     ours = run(triton_jumprelu, there, upstream)
@@ -234,9 +234,9 @@ def test_the_kernels_compile_for_a_gpu(kernel, pre, tmp_path, monkeypatch):
 @pytest.mark.skipif(not CUDA, reason="no GPU")
 def test_cuda_tensors_go_to_triton_and_agree_with_the_cpu():
     inputs, grads = some(1000, 5000, torch.float32, torch.float32)
-    right = run(fused_jumprelu, inputs, grads)
+    right = run(dense_jumprelu, inputs, grads)
     there, upstream = ([x.cuda() for x in tensors] for tensors in (inputs, grads))
-    ours = run(fused_jumprelu, there, upstream)
-    out = fused_jumprelu(there[0].requires_grad_(), *there[1:])
+    ours = run(dense_jumprelu, there, upstream)
+    out = dense_jumprelu(there[0].requires_grad_(), *there[1:])
     assert "Triton" in type(out[0].grad_fn).__name__
     torch.testing.assert_close([x.cpu() for x in ours], right, rtol=1e-4, atol=1e-3)

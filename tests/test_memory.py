@@ -219,7 +219,7 @@ from pathlib import Path
 import torch
 from lib.dictionaries import FitConfig, recipes
 from lib.sparse import screen as search
-from lib.dictionaries.trainer import Trainee
+from lib.dictionaries.trainer import DictionaryTrainer
 
 torch.set_num_threads(1)
 screened = sys.argv.pop() == "screened"
@@ -232,7 +232,7 @@ def kb(field):
 def trained(name, d, d_sae, n):
     recipe, x = recipes.NAMED[name](k=8), torch.randn(3, n, d)
     plan = (recipe.dictionary(site_dims=(d,), d_sae=d_sae), recipe)
-    it = Trainee(*plan, FitConfig(n_steps=3), torch.device("cpu"))
+    it = DictionaryTrainer(*plan, FitConfig(n_steps=3), torch.device("cpu"))
     it.start(x[0])
     for i, batch in enumerate(x):
         it.step(i, batch)

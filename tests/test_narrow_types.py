@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.dictionaries import FitConfig, recipes
-from lib.dictionaries.trainer import Trainee
+from lib.dictionaries.trainer import DictionaryTrainer
 from tests.small_fits import SPARSE, learnt, planted, stopped_and_resumed, trainee, watched
 
 BNB = importlib.util.find_spec("bitsandbytes")
@@ -129,7 +129,7 @@ def test_8bit_moments_of_revived_rows_are_forgotten(d_sae):
             assert (after[name][moment][10:] != 0).any(), name
 
 
-def moments(it: Trainee) -> dict[str, list[torch.Tensor]]:
+def moments(it: DictionaryTrainer) -> dict[str, list[torch.Tensor]]:
     """What bitsandbytes' moments stand for, up to the scale of each block."""
     found = {}
     for name, parameter in it.dictionary.named_parameters():

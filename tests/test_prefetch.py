@@ -16,7 +16,7 @@ from lib.activations.harvest import HarvestConfig, Harvester
 from lib.activations.prefetch import Prefetch
 from lib.data.corpus import load_corpus
 from lib.models import load_model
-from lib.training.checkpoint import Resumable
+from lib.training import Resumable
 from tests.test_activations import SIZES, Numbered
 
 OPTIONS = {"batch_size": 7, "n_tokens": 30, "seed": 3}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib import paths
-from lib.adapters import store as module
+from lib.adapters.sae_lora import format as module
 from lib.adapters.sae_lora.adapter import SaeLora
 from lib.adapters.sae_lora.config import SaeLoraConfig
 from lib.adapters.sae_lora.format import METADATA, PARAMS

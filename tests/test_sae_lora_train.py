@@ -22,7 +22,7 @@ from lib.adapters import (
     sparsity_path,
     train_sae_lora,
 )
-from lib.adapters import train as train_module
+from lib.adapters.sae_lora import trainer as train_module
 from lib.adapters.sae_lora.sparsify import Regularizer
 from lib.data.corpus import load_corpus
 from lib.data.tokens import collate

@@ -11,7 +11,7 @@ import torch
 
 from lib.dictionaries import Dictionary, FitConfig, recipes
 from lib.dictionaries.rules import TopK
-from lib.dictionaries.trainer import Trainee
+from lib.dictionaries.trainer import DictionaryTrainer
 from lib.sparse import SparseActs
 from lib.sparse import screen as search
 from lib.sparse.memory import Memory
@@ -134,12 +134,14 @@ CASES = {
 }
 
 
-def places_in_search(it: Trainee) -> list[int]:
+def places_in_search(it: DictionaryTrainer) -> list[int]:
     """Of all that was lent but for gradients, which are copied, as memory holds what it lends."""
     return [matrix.data_ptr() for matrix in it.memory.out if matrix.shape[1] != it.dictionary.d_in]
 
 
-def stepped(name: str, n_steps: int = 20) -> tuple[Trainee, list[SparseActs], list[float]]:
+def stepped(
+    name: str, n_steps: int = 20
+) -> tuple[DictionaryTrainer, list[SparseActs], list[float]]:
     """And the active pairs and the loss of each step."""
     (recipe, seen), batches = watched(CASES[name][0]), planted(n_steps)
     it = trainee(recipe, Recorded(), n_steps=n_steps, shape=CASES[name][1], normalize="none")
@@ -221,7 +223,7 @@ def test_with_too_many_candidates_everything_is_in_float32(name, monkeypatch):
     batch = 0.3 * planted(1)[0]
     batch[:, 8:], batch[32:, :8], batch[32:, 8:] = 0, 0, 5
 
-    def trained() -> Trainee:
+    def trained() -> DictionaryTrainer:
         it = trainee(SPARSE[name], Recorded(), normalize="none")
         with torch.no_grad():
             it.dictionary.encoder[:, 8:] = 0.3
