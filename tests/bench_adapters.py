@@ -31,9 +31,8 @@ class Bench:
     def __init__(self, sae: str, n_examples: int, seed: int) -> None:
         self.model, self.tokenizer = load_model(paths.shipped_dir() / "models" / "tiny-gemma2")
         self.dictionary = Dictionary.load(paths.resolve(sae))
-        self.world = World()
+        self.world, self.seed = World(), seed
         self.rewriter = Rewriter(self.world)
-        self.seed = seed
         self.chats = self._chats("train", n_examples, seed, 32)
         self.held_out = self._chats("validation", 300, seed, 100)
         corpus = load_corpus("world", self.tokenizer, n_tokens=30_000, seq_len=64, split="test")
@@ -57,64 +56,74 @@ class Bench:
         tokens, _ = tokenize_chats(Dataset.from_list(rows), self.tokenizer, max_len=64)
         return Chats(tokens, self.tokenizer.pad_token_id, batch_size=batch_size, seed=seed)
 
-    def fit(self, **fields) -> SaeLora:
-        config = SaeLoraConfig(seed=self.seed, eval_every=1000, **fields)
-        adapter = SaeLora(self.dictionary, config)
+    def fit(self, **fields) -> tuple[SaeLora, dict[str, float]]:
+        """A trained adapter, and what it shows."""
+        adapter = SaeLora(self.dictionary, SaeLoraConfig(seed=self.seed, eval_every=1000, **fields))
         train_sae_lora(self.model, adapter, self.chats, self.held_out)
-        return adapter
-
-    def shown(self, adapter: SaeLora) -> dict[str, float]:
-        return {k: round(v, 3) for k, v in vars(self.check(adapter.attached(self.model))).items()}
-
-    def loss(self, adapter: SaeLora) -> float:
+        row = vars(self.check(adapter.attached(self.model)))
         with adapter.attached(self.model):
-            return held_out_loss(self.model, self.held_out)
+            return adapter, row | {"held_out": held_out_loss(self.model, self.held_out)}
 
     def share(self, adapter: SaeLora) -> float:
         return self.check.share(adapter.attached(self.model))
 
     def truth(self, adapter: SaeLora) -> dict[str, float]:
-        record = self.record
-        concept = f"topic:{TOPIC}"
+        """What the latents are about; and the same weights on latents that fire as often, as they
+        are and trained there anew."""
+        record, concept = self.record, f"topic:{TOPIC}"
         mass = read_mass(adapter, concept_mass(record, concept), record)
         boosted, suppressed = towards_french(adapter, self.model, self.tokenizer)
         top = adapter.read_support[:5].tolist()
+        moved = on_random_latents(adapter, self.seed, record.firing_rate())
+        as_is, anew = self.share(moved), replace(adapter.config, n_steps=1)
+        train_sae_lora(self.model, moved, self.chats, self.held_out, config=anew)
         return {
             "mass on topic": mass,
             "over chance": mass / chance(record, concept),
             "boosted towards French": boosted,
             "suppressed away from English": suppressed,
             "without the top 5 reads": self.share(without(adapter, "read", top)),
+            "on random latents": as_is,
+            "trained on random latents": self.share(moved),
         }
 
-    def random(self, adapter: SaeLora) -> dict[str, float]:
-        """The same weights on latents that fire as often, as they are and trained there anew."""
-        moved = on_random_latents(adapter, self.seed, self.record.firing_rate())
-        as_is = self.share(moved)
-        anew = replace(adapter.config, n_steps=1, n_refit=adapter.config.n_refit)
-        train_sae_lora(self.model, moved, self.chats, self.held_out, config=anew)
-        return {"on random latents": as_is, "trained on random latents": self.share(moved)}
+
+def sized(method: str, n: int) -> dict:
+    return {"sparsity": method, "n_read": n, "n_write": n}
 
 
-def behaviour(args: argparse.Namespace) -> None:
-    supports: dict[str, list] = {}
+def variants(args: argparse.Namespace) -> list[tuple[str, int, dict]]:
+    """Names, numbers of examples and settings of one seed's adapters."""
+    n = args.n_examples
+    if args.part == "data":
+        return [
+            (f"{n} chats, {name}", n, fields)
+            for n in (150, 375, 750, 1500, 3000, 6000)
+            for name, fields in (("dense", {"sparsity": "none"}), ("topk 16", sized("topk", 16)))
+        ]
+    if args.part == "methods":
+        names = ("l1", "proximal", "hoyer", "hard_concrete", "topk")
+        return [(f"{name} {m}", n, sized(name, m)) for name in names for m in args.sizes]
+    found = []
+    for rank in args.ranks:
+        found.append((f"dense r{rank}", n, {"sparsity": "none", "rank": rank}))
+        for m in args.sizes:
+            found.append((f"topk {m} r{rank}", n, sized("topk", m) | {"rank": rank}))
+    return found
+
+
+def main(args: argparse.Namespace) -> None:
+    supports, length = {}, {"n_steps": args.n_steps, "n_refit": args.n_refit}
     for seed in args.seeds:
-        bench = Bench(args.sae, args.n_examples, seed)
-        for rank in args.ranks:
-            settings = {f"dense r{rank}": {"sparsity": "none"}}
-            for n in args.sizes:
-                settings[f"topk {n} r{rank}"] = {"sparsity": "topk", "n_read": n, "n_write": n}
-            for name, fields in settings.items():
-                adapter = bench.fit(rank=rank, n_steps=args.n_steps, n_refit=args.n_refit, **fields)
-                row = {"seed": seed, "name": name, **bench.shown(adapter)}
-                row["held_out"] = bench.loss(adapter)
-                if fields["sparsity"] != "none":
-                    row |= bench.truth(adapter)
-                    row |= bench.random(adapter)
-                    supports.setdefault(name, []).append(
-                        (adapter.read_support, adapter.write_support)
-                    )
-                show(row)
+        benches = {n: Bench(args.sae, n, seed) for _, n, _ in variants(args)}
+        for name, n, fields in variants(args):
+            adapter, row = benches[n].fit(**fields, **length)
+            if args.part == "behaviour" and fields["sparsity"] != "none":
+                row |= benches[n].truth(adapter)
+                both = (adapter.read_support, adapter.write_support)
+                supports.setdefault(name, []).append(both)
+            row = {key: round(value, 4) for key, value in row.items()}
+            print(json.dumps({"seed": seed, "name": name, **row}), flush=True)
     for name, found in supports.items():
         pairs = list(itertools.combinations(found, 2))
         for side, label in enumerate(("read", "write")):
@@ -122,61 +131,12 @@ def behaviour(args: argparse.Namespace) -> None:
             print(f"{name}: Jaccard of the {label} supports of two seeds: {values}")
 
 
-def methods(args: argparse.Namespace) -> None:
-    for seed in args.seeds:
-        bench = Bench(args.sae, args.n_examples, seed)
-        for method in ("l1", "proximal", "hoyer", "hard_concrete", "topk"):
-            for n in args.sizes:
-                adapter = bench.fit(
-                    sparsity=method, n_read=n, n_write=n, n_steps=args.n_steps, n_refit=args.n_refit
-                )
-                shown = bench.shown(adapter)
-                show(
-                    {
-                        "seed": seed,
-                        "name": f"{method} {n}",
-                        **shown,
-                        "held_out": bench.loss(adapter),
-                    }
-                )
-
-
-def data(args: argparse.Namespace) -> None:
-    for seed in args.seeds:
-        for n in (150, 375, 750, 1500, 3000, 6000):
-            bench = Bench(args.sae, n, seed)
-            for name, fields in {
-                "dense": {"sparsity": "none"},
-                "topk 16": {"sparsity": "topk", "n_read": 16, "n_write": 16},
-            }.items():
-                adapter = bench.fit(n_steps=args.n_steps, n_refit=args.n_refit, **fields)
-                shown = bench.shown(adapter)
-                show(
-                    {
-                        "seed": seed,
-                        "name": f"{n} chats, {name}",
-                        **shown,
-                        "held_out": bench.loss(adapter),
-                    }
-                )
-
-
-def show(row: dict) -> None:
-    print(
-        json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}),
-        flush=True,
-    )
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["behaviour", "methods", "data"])
     parser.add_argument("--sae", default="data/saes/tiny-gemma2-layer0/matryoshka")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 8])
-    parser.add_argument("--n_examples", type=int, default=3000)
-    parser.add_argument("--n_steps", type=int, default=400)
-    parser.add_argument("--n_refit", type=int, default=200)
-    given = parser.parse_args()
-    {"behaviour": behaviour, "methods": methods, "data": data}[given.part](given)
+    for name, value in {"seeds": [0, 1, 2], "ranks": [1, 4], "sizes": [16, 8]}.items():
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=value)
+    for name, value in {"n_examples": 3000, "n_steps": 400, "n_refit": 200}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    main(parser.parse_args())

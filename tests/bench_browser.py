@@ -8,6 +8,9 @@ import argparse
 import resource
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -54,48 +57,41 @@ def made_up(n: int, n_latents: int, l0: int, seq: int) -> LatentRecord:
     )
 
 
-def clicks(browser: FeatureBrowser, latents: list[int]) -> list[float]:
-    times = []
-    for latent in latents:
-        start = time.perf_counter()
-        browser.select(latent)
-        times.append(1000 * (time.perf_counter() - start))
-    return times
-
-
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     record = made_up(args.n_tokens, args.n_latents, args.l0, args.seq)
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     model, _ = load_model(paths.shipped_dir() / "models" / "tiny-gemma2", device="cpu")
-    start = time.perf_counter()
-    browser = FeatureBrowser(
+    build = partial(
+        FeatureBrowser,
         record,
         PreTrainedTokenizerFast(tokenizer_object=words),
         source=Directions(model, args.n_latents),
         labels={latent: f"latent number {latent}" for latent in range(args.n_latents)},
     )
-    seconds = time.perf_counter() - start
+    spent, browser = ms(build)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{len(record.indices):,} pairs: built in {seconds:.1f} s, peak memory {peak:.1f} GiB")
-    frequent = record.firing_rate().argsort(descending=True)[:20].tolist()
+    print(f"{len(record.indices):,} pairs: {spent / 1000:.1f} s to build, peak {peak:.1f} GiB")
     for name, latents in (
         ("random latents", torch.randint(args.n_latents, (50,)).tolist()),
-        ("most frequent latents", frequent),
+        ("most frequent latents", record.firing_rate().argsort(descending=True)[:20].tolist()),
     ):
-        times = clicks(browser, latents)
+        times = [ms(partial(browser.select, latent))[0] for latent in latents]
         print(f"{name}: median {statistics.median(times):.0f} ms, max {max(times):.0f} ms")
+    print(f"search: {ms(partial(browser.search, 'number 12'))[0]:.0f} ms")
+
+
+def ms(function: Callable) -> tuple[float, Any]:
+    """How long a call took, and what it gave."""
     start = time.perf_counter()
-    browser.search("number 12")
-    print(f"search: {1000 * (time.perf_counter() - start):.0f} ms")
+    found = function()
+    return 1000 * (time.perf_counter() - start), found
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n-tokens", type=int, default=1_000_000)
-    parser.add_argument("--n-latents", type=int, default=16_384)
-    parser.add_argument("--l0", type=int, default=32)
-    parser.add_argument("--seq", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=1)
+    sizes = {"n-tokens": 1_000_000, "n-latents": 16_384, "l0": 32, "seq": 128, "threads": 1}
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     main(parser.parse_args())

@@ -4,15 +4,11 @@ On a GPU, GB/s of each pass against a device copy that moves as many bytes. On a
 eager twin.
 """
 
-import statistics
-import time
-
 import torch
 from torch.autograd import grad
+from torch.utils.benchmark import Timer
 
 from lib.sparse import dense_jumprelu
-
-REPEATS = 30
 
 
 def inputs(n: int, d_sae: int, device: str, dtype=torch.float32):
@@ -24,24 +20,10 @@ def inputs(n: int, d_sae: int, device: str, dtype=torch.float32):
     return pre, log_threshold, bandwidth
 
 
-def seconds(function, cuda: bool) -> float:
-    """Median over `REPEATS`, after three calls that do not count."""
-    taken = []
-    for i in range(3 + REPEATS):
-        start = time.perf_counter()
-        if cuda:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            spent = begin.elapsed_time(end) / 1000
-        else:
-            function()
-            spent = time.perf_counter() - start
-        if i >= 3:
-            taken.append(spent)
-    return statistics.median(taken)
+def seconds(function) -> float:
+    """Median, on as many threads as torch has."""
+    timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.5).median
 
 
 def on_gpu(n: int, d_sae: int, dtype: torch.dtype) -> None:
@@ -57,8 +39,8 @@ def on_gpu(n: int, d_sae: int, dtype: torch.dtype) -> None:
         moved = matrices * pre.numel() * pre.element_size()
         source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
-        ours = moved / seconds(function, True) / 1e9
-        copy = moved / seconds(lambda a=source, b=target: b.copy_(a), True) / 1e9
+        ours = moved / seconds(function) / 1e9
+        copy = moved / seconds(lambda a=source, b=target: b.copy_(a)) / 1e9
         share = f"{ours:7.0f} GB/s, copy {copy:.0f} GB/s, share {ours / copy:.2f}"
         print(f"{n:6d} x {d_sae:6d} {dtype} {name:8s} {share}")
 
@@ -71,7 +53,7 @@ def on_cpu(n: int, d_sae: int) -> None:
         out = dense_jumprelu(pre, log_threshold, bandwidth)
         grad(out, (pre, log_threshold), (d_acts, d_rows, d_rows))
 
-    print(f"{n:6d} x {d_sae:6d} eager {1000 * seconds(fused, False):.2f} ms")
+    print(f"{n:6d} x {d_sae:6d} eager {1000 * seconds(fused):.2f} ms")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import statistics
@@ -9,14 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.sparse.memory import BLOCK
+from lib.sparse.ops import BLOCK
 from lib.sparse.screen import TOKENS, has_amx, worth_a_screen
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,10 +57,6 @@ class Setup:
         return sum(self.site_dims)
 
     @property
-    def crosscoder(self) -> bool:
-        return len(self.site_dims) > 1
-
-    @property
     def cuda(self) -> bool:
         return torch.device(self.device).type == "cuda"
 
@@ -68,23 +66,19 @@ class Setup:
         return 2 * self.d * self.d_sae + self.d_sae + self.d
 
 
-DEAD = 1500
-"""Tokens without firing after which, in one setup, a latent is dead, so that AuxK has work: two
-batches, whether a library compares by `>` or by `>=`."""
-
-
-def cpu_setups(steps: int, big_steps: int) -> list[Setup]:
-    small = {"d_sae": 8192, "k": 32, "batch": 1024, "steps": steps}
-    big = {"d_sae": 24576, "k": 32, "batch": 2048, "steps": big_steps}
-    cross = {"d_sae": 8192, "k": 64, "batch": 512, "steps": steps}
+def cpu_setups(steps: int) -> list[Setup]:
+    small = {"d_sae": 8192, "k": 32, "batch": 1024, "steps": steps, "site_dims": (512,)}
+    big = {"d_sae": 24576, "k": 32, "batch": 2048, "steps": max(2, steps // 7), "site_dims": (768,)}
+    cross = {"d_sae": 8192, "k": 64, "batch": 512, "steps": steps, "site_dims": (512, 512)}
+    dead = 1500  # AuxK has work after two batches, whether a library compares by > or by >=
     return [
-        Setup(name="TopK 512", rule="topk", site_dims=(512,), **small),
-        Setup(name="TopK 512 dead", rule="topk", site_dims=(512,), dead_after=DEAD, **small),
-        Setup(name="BatchTopK 512", rule="batchtopk", site_dims=(512,), **small),
-        Setup(name="JumpReLU 512", rule="jumprelu", site_dims=(512,), lr=1e-4, **small),
-        Setup(name="crosscoder 2×512", rule="batchtopk", site_dims=(512, 512), **cross),
-        Setup(name="TopK 768", rule="topk", site_dims=(768,), **big),
-        Setup(name="BatchTopK 768", rule="batchtopk", site_dims=(768,), **big),
+        Setup(name="TopK 512", rule="topk", **small),
+        Setup(name="TopK 512 dead", rule="topk", dead_after=dead, **small),
+        Setup(name="BatchTopK 512", rule="batchtopk", **small),
+        Setup(name="JumpReLU 512", rule="jumprelu", lr=1e-4, **small),
+        Setup(name="crosscoder 2×512", rule="batchtopk", **cross),
+        Setup(name="TopK 768", rule="topk", **big),
+        Setup(name="BatchTopK 768", rule="batchtopk", **big),
     ]
 
 
@@ -99,15 +93,6 @@ def gpu_setups(steps: int) -> list[Setup]:
         Setup(name="TopK 3584", rule="topk", **large),
         Setup(name="crosscoder 2×2304", rule="batchtopk", **cross),
     ]
-
-
-def growth_setups(base: Setup) -> dict[str, list[Setup]]:
-    """`base` at other widths, and at other k."""
-    widths = [2048, 4096, 8192, 16384, 32768, 65536]
-    return {
-        "d_sae": [replace(base, name=f"d_sae {n}", d_sae=n) for n in widths],
-        "k": [replace(base, name=f"k {k}", k=k) for k in (8, 16, 32, 64, 128)],
-    }
 
 
 def planted(setup: Setup, n_batches: int) -> list[Tensor]:
@@ -130,8 +115,8 @@ def planted(setup: Setup, n_batches: int) -> list[Tensor]:
         batches.append(x + 0.02 * torch.randn(x.shape, **random))
     mean = batches[0].mean(0)
     sites = (batches[0] - mean).split(setup.site_dims, dim=1)
-    scale = torch.cat([s.new_full((s.shape[1],), s.shape[1] ** 0.5 / s.norm(dim=1).mean())
-                       for s in sites])  # fmt: skip
+    sizes = torch.stack([site.shape[1] ** 0.5 / site.norm(dim=1).mean() for site in sites])
+    scale = sizes.repeat_interleave(torch.tensor(setup.site_dims, device=setup.device))
     return [x.sub_(mean).mul_(scale) for x in batches]
 
 
@@ -184,53 +169,40 @@ class Floor:
 
     def __init__(self, setup: Setup, x: Tensor, rows: Tensor) -> None:
         dtype = torch.bfloat16 if setup.dtype == "bfloat16" else torch.float32
-        self.setup, self.x, self.rows = setup, x.to(dtype), rows.to(dtype)
-        self.screened = not setup.cuda and has_amx()
-        self.out = torch.empty(len(x), setup.d_sae, dtype=dtype, device=setup.device)
+        out = torch.empty(len(x), setup.d_sae, dtype=dtype, device=setup.device)
+        self.setup, self.factors = setup, (x.to(dtype), rows.to(dtype).T, out)
         size = COPIED["cuda" if setup.cuda else "cpu"]
         self.source = torch.zeros(size, dtype=torch.uint8, device=setup.device)
         self.copy = torch.empty_like(self.source)
-        self.gemm_seconds: list[float] = []
-        self.low_gemm_seconds: list[float] = []
-        self.copy_seconds: list[float] = []
+        self.seconds: dict[str, list[float]] = {"gemm": [], "copy": []}
+        if not setup.cuda and has_amx():
+            self.seconds["low_gemm"] = []
 
     def sample(self) -> None:
-        """Time the product and a large copy once."""
-        operands = self.x, self.rows, self.out
-        self.gemm_seconds.append(self._product(*operands))
-        if self.screened:
-            low = self._product(*(matrix.bfloat16() for matrix in operands))
-            self.low_gemm_seconds.append(low)
-        self.copy_seconds.append(seconds(lambda: self.copy.copy_(self.source), self.setup.cuda))
-
-    def _product(self, x: Tensor, rows: Tensor, out: Tensor) -> float:
-        return seconds(lambda: torch.mm(x, rows.T, out=out), self.setup.cuda)
+        """Time the products and a large copy once."""
+        x, rows, out = self.factors
+        timed = {"gemm": partial(torch.mm, x, rows, out=out)}
+        timed["copy"] = partial(self.copy.copy_, self.source)
+        if "low_gemm" in self.seconds:
+            x, rows, out = (matrix.bfloat16() for matrix in self.factors)
+            timed["low_gemm"] = partial(torch.mm, x, rows, out=out)
+        for name, function in timed.items():
+            self.seconds[name].append(seconds(function, self.setup.cuda))
 
     def result(self) -> dict[str, float]:
-        gemm, low = (
-            1000 * statistics.median(found[WARM_UP:] or [0.0])
-            for found in (self.gemm_seconds, self.low_gemm_seconds)
-        )
-        bandwidth = 2 * self.source.numel() / statistics.median(self.copy_seconds[WARM_UP:])
-        moved = adam_bytes(self.setup) + gather_bytes(self.setup)
-        rest = 1000 * moved / bandwidth
-        screened = {"low_gemm_ms": low, "low_ms": low + rest} if self.screened else {}
-        return {
-            "gemm_ms": gemm,
-            "bandwidth_gb_s": bandwidth / 1e9,
-            "adam_bytes": adam_bytes(self.setup),
-            "gather_bytes": gather_bytes(self.setup),
-            "ms": gemm + rest,
-            **screened,
-        }
+        median = {name: statistics.median(s[WARM_UP:]) for name, s in self.seconds.items()}
+        bandwidth = 2 * self.source.numel() / median.pop("copy")
+        found = {"bandwidth_gb_s": bandwidth / 1e9}
+        for name, spent in median.items():
+            found[f"{name}_ms"] = 1000 * spent
+            found[name.replace("gemm", "ms")] = 1000 * (spent + traffic(self.setup) / bandwidth)
+        return found
 
 
-def adam_bytes(setup: Setup) -> int:
-    return 28 * 2 * setup.d * setup.d_sae
-
-
-def gather_bytes(setup: Setup) -> int:
-    return 3 * 2 * setup.batch * setup.k * setup.d if setup.cuda else 0
+def traffic(setup: Setup) -> int:
+    """Bytes that Adam and the gathers move."""
+    gathered = 3 * 2 * setup.batch * setup.k * setup.d if setup.cuda else 0
+    return 28 * 2 * setup.d * setup.d_sae + gathered
 
 
 def predicted_mb(setup: Setup) -> float:
@@ -244,36 +216,25 @@ def predicted_mb(setup: Setup) -> float:
     return (16 * setup.n_parameters + block + 2 * low * setup.d * setup.d_sae) / 1e6
 
 
-def peak_mb(build: Callable[[], Callable[[], object]], cuda: bool) -> float:
-    """What `build()` and a call of what it returns take at most above what was there, in MB.
+def watch_memory(cuda: bool) -> Callable[[], float]:
+    """A function that says how many MB more than now were taken at the peak since.
 
     Without a GPU needs Linux and glibc.
     """
+    gc.collect()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        build()()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return lambda: (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator kept would come for free
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = _status_kb("VmRSS")
-    build()()
-    return (_status_kb("VmHWM") - before) * 1024 / 1e6
+    return lambda: (_status_kb("VmHWM") - before) * 1024 / 1e6
 
 
 def _status_kb(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
-def in_its_own_process(library: str, setup: Setup, threads: int) -> dict:
-    """`bench_training.alone`'s numbers from a fresh process, or what went wrong there."""
-    command = _command("--alone", library, setup, threads)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"error": lines[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    words = Path("/proc/self/status").read_text().split()
+    return int(words[words.index(f"{field}:") + 1])
 
 
 class Racer:
@@ -284,9 +245,10 @@ class Racer:
     """
 
     def __init__(self, library: str, setup: Setup, threads: int) -> None:
+        request = json.dumps([library, asdict(setup), threads])
         self.begun = False
         self.process = subprocess.Popen(
-            _command("--turns", library, setup, threads),
+            [sys.executable, "-m", "tests.bench_training", "--child", request],
             cwd=ROOT, env=os.environ | {"OMP_WAIT_POLICY": "passive"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -304,8 +266,3 @@ class Racer:
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
-
-
-def _command(mode: str, library: str, setup: Setup, threads: int) -> list[str]:
-    request = json.dumps({"library": library, "setup": asdict(setup), "threads": threads})
-    return [sys.executable, "-m", "tests.bench_training", mode, request]

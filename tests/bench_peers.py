@@ -10,7 +10,6 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 from lib.dictionaries import FitConfig
 from lib.dictionaries.recipes import batchtopk, jumprelu, topk
 from lib.dictionaries.trainer import DictionaryTrainer
-from lib.sparse import screen as search
+from lib.sparse import reused_buffers, screen
+from lib.training import Feed
 from tests.bench_measure import WARM_UP, Setup, Start
 
 PACKAGES = ("dictionary_learning", "overcomplete", "sae_lens", "sklearn", "sparsify")
@@ -36,49 +36,51 @@ def l0_of(acts: Tensor) -> float:
 
 
 def autocast(setup: Setup) -> contextlib.AbstractContextManager:
-    if setup.dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(setup.device).type, dtype=torch.bfloat16)
+    half = setup.dtype != "float32"
+    return torch.autocast(torch.device(setup.device).type, dtype=torch.bfloat16, enabled=half)
 
 
-class Ours:
-    """`lib.dictionaries.DictionaryTrainer`."""
+class Library:
+    """One library's dictionary in training."""
 
     note = ""
+    context = contextlib.nullcontext
+    """Within it all steps are taken."""
+
+
+class Ours(Library):
+    """`lib.dictionaries.trainer.DictionaryTrainer`."""
+
+    context = staticmethod(reused_buffers)
 
     def __init__(self, setup: Setup, start: Start) -> None:
         self.setup, self.done = setup, 0
-        make = {
-            "topk": lambda: topk(setup.k),
-            "batchtopk": lambda: batchtopk(setup.k),
+        sparse = {"target_l0": float(setup.k), "threshold": start.threshold}
+        recipe = {
+            "topk": topk(setup.k),
+            "batchtopk": batchtopk(setup.k),
             # a fifth of the threshold, as the default has it once it is trained
-            "jumprelu": lambda: jumprelu(
-                l0=10.0,
-                target_l0=float(setup.k),
-                threshold=start.threshold,
-                bandwidth=start.threshold / 5,
-            ),
-        }
-        recipe = make[setup.rule]()
-        norm = "crosscoder" if setup.crosscoder else "decoder"
+            "jumprelu": jumprelu(l0=10.0, bandwidth=start.threshold / 5, **sparse),
+        }[setup.rule]
+        norm = "crosscoder" if len(setup.site_dims) > 1 else "decoder"
         config = recipe.dictionary(site_dims=setup.site_dims, d_sae=setup.d_sae, code_norm=norm)
         fit = FitConfig(
             n_steps=WARM_UP + setup.steps, lr=setup.lr, lr_schedule="constant", lr_warmup=0.0,
             normalize="none", dead_after=setup.dead_after, seed=setup.seed, dtype=setup.dtype,
         )  # fmt: skip
-        self.trainee = DictionaryTrainer(config, recipe, fit, torch.device(setup.device))
-        with torch.no_grad():
-            self.trainee.dictionary.W_dec.copy_(start.rows)
-            self.trainee.dictionary.encoder.copy_(start.encoder)
+        self.trainer = DictionaryTrainer(config, recipe, fit, setup.device)
+        self.dictionary = self.trainer.dictionary
+        self.dictionary.W_dec.data.copy_(start.rows)
+        self.dictionary.W_enc.data.copy_(start.encoder.T)
 
     def step(self, x: Tensor) -> None:
         if self.done == 0:
-            self.trainee.start(x)
-        self.trainee.step(self.done, x)
+            self.trainer.start(Feed([x], x.device))
+        self.trainer.step(self.done, x)
         self.done += 1
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, float]:
-        d = self.trainee.dictionary
+        d = self.dictionary
         if self.setup.rule == "batchtopk":  # by the batch, as in training
             pre = d.pre_acts(x).relu()
             kept = (pre * d.code_norms()).flatten().topk(len(x) * self.setup.k).indices
@@ -95,19 +97,17 @@ class OursInFloat32(Ours):
     note = "no product in bfloat16"
 
     def step(self, x: Tensor) -> None:
-        with mock.patch.object(search, "has_amx", return_value=False):
+        with mock.patch.object(screen, "has_amx", return_value=False):
             super().step(x)
 
 
-class Sparsify:
+class Sparsify(Library):
     """`sparsify.SparseCoder` (PyPI: eai-sparsify), TopK with AuxK.
 
     Its `Trainer` wants a language model, so `step` does what `Trainer.fit` does for one batch of
     activations, in its order, without its learning rate's schedule and its logging. Optimiser and
     weight of AuxK are the race's; its own defaults are signum, which keeps one moment, and none.
     """
-
-    note = ""
 
     def __init__(self, setup: Setup, start: Start) -> None:
         if not setup.cuda:
@@ -148,10 +148,8 @@ class Sparsify:
         return self.coder.decode(acts, indices), l0_of(acts)
 
 
-class SAELens:
+class SAELens(Library):
     """sae-lens: `SAETrainer.step` on its training SAEs; JumpReLU with its quadratic L0 penalty."""
-
-    note = ""
 
     def __init__(self, setup: Setup, start: Start) -> None:
         import sae_lens
@@ -159,12 +157,11 @@ class SAELens:
         from sae_lens.training.sae_trainer import SAETrainer
 
         shape = {"d_in": setup.d, "d_sae": setup.d_sae, "device": setup.device}
+        # its sparse activations work only without the rescaling; unit rows need none
+        unit = {"rescale_acts_by_decoder_norm": False}
         kind, options = {
-            # its sparse activations work only without the rescaling; unit rows need none
-            "topk": ("TopK", {"k": setup.k, "use_sparse_activations": True,
-                              "rescale_acts_by_decoder_norm": False}),
-            "batchtopk": ("BatchTopK", {"k": float(setup.k),
-                                        "rescale_acts_by_decoder_norm": False}),
+            "topk": ("TopK", {"k": setup.k, "use_sparse_activations": True, **unit}),
+            "batchtopk": ("BatchTopK", {"k": float(setup.k), **unit}),
             "jumprelu": ("JumpReLU", {"jumprelu_init_threshold": start.threshold,
                                       "jumprelu_sparsity_loss_mode": "quadratic",
                                       "target_l0": float(setup.k)}),
@@ -194,10 +191,8 @@ class SAELens:
         return self.sae.decode(acts), l0_of(acts.to_dense())
 
 
-class DictionaryLearning:
+class DictionaryLearning(Library):
     """dictionary-learning: `update` of its trainers."""
-
-    note = ""
 
     def __init__(self, setup: Setup, start: Start) -> None:
         from dictionary_learning import trainers
@@ -209,9 +204,8 @@ class DictionaryLearning:
             "device": setup.device,
         }  # fmt: skip
         if setup.rule == "jumprelu":
-            self.trainer = trainers.JumpReluTrainer(
-                **shared, target_l0=setup.k, sparsity_warmup_steps=0
-            )
+            sparsity = {"target_l0": setup.k, "sparsity_warmup_steps": 0}
+            self.trainer = trainers.JumpReluTrainer(**shared, **sparsity)
             ae = self.trainer.ae
             ae.threshold.data.fill_(start.threshold)
             encoder, decoder = ae.W_enc.data, ae.W_dec.data.T
@@ -239,15 +233,13 @@ class DictionaryLearning:
         return ae.decode(acts), l0_of(acts)
 
 
-class Overcomplete:
+class Overcomplete(Library):
     """overcomplete: its `train_sae`, one batch a call, silent; it has no `b_dec`.
 
     The loss is the user's there; this is what its notebooks use: the mean squared error, and a
     pull on latents that no token of the batch used; under JumpReLU, where more than k are
     active, a push on the thresholds.
     """
-
-    note = ""
 
     def __init__(self, setup: Setup, start: Start) -> None:
         if "overcomplete" not in sys.modules:  # its __init__ would import torchvision and more
@@ -291,7 +283,7 @@ class Overcomplete:
         return x_hat, l0_of(acts)
 
 
-LIBRARIES: dict[str, Callable] = {
+LIBRARIES: dict[str, type[Library]] = {
     "lib": Ours,
     "lib, float32": OursInFloat32,
     "sparsify": Sparsify,
@@ -303,7 +295,7 @@ LIBRARIES: dict[str, Callable] = {
 
 def racing(setup: Setup) -> list[str]:
     """Who has something to run: sparsify knows TopK only, and stands in on concatenated sites."""
-    idle = set() if setup.rule == "topk" or setup.crosscoder else {"sparsify"}
-    if setup.cuda or not search.has_amx():  # it would be lib again
+    idle = set() if setup.rule == "topk" or len(setup.site_dims) > 1 else {"sparsify"}
+    if setup.cuda or not screen.has_amx():  # it would be lib again
         idle.add("lib, float32")
     return [name for name in LIBRARIES if name not in idle]

@@ -7,6 +7,7 @@ turns, so that a drift of the machine's speed meets both; the ratio is the media
 
 import statistics
 import time
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from lib.adapters.sae_lora.config import SaeLoraConfig
 from lib.dictionaries import Dictionary, DictionaryConfig
 from lib.dictionaries.rules import JumpReLU, TopK
 from lib.models import load_model, read
+from tests.bench_measure import seconds
 
 SITE = "blocks.1.hook_resid_post"
 N_TOKENS, N_LATENTS, SECONDS = 512, 32, 6.0
@@ -26,9 +28,8 @@ def random_dictionary(d: int, d_sae: int, rule, x: torch.Tensor) -> Dictionary:
     config = DictionaryConfig(site_dims=(d,), d_sae=d_sae, rule=rule, hook_names=(SITE,))
     dictionary = Dictionary(config).requires_grad_(False)
     if isinstance(rule, JumpReLU):
-        dictionary.log_threshold.fill_(
-            dictionary.pre_acts(x[:64]).quantile(0.99, dim=1).mean().log()
-        )
+        bound = dictionary.pre_acts(x[:64]).quantile(0.99, dim=1).mean()
+        dictionary.log_threshold.fill_(bound.log())
     return dictionary
 
 
@@ -48,19 +49,15 @@ def restricted_to_active(dictionary: Dictionary, x: torch.Tensor) -> SaeLora:
 
 def measure(name: str, dictionary: Dictionary, x: torch.Tensor) -> None:
     adapter = restricted_to_active(dictionary, x)
-    functions = (lambda: dictionary.encode(x), lambda: adapter(x))
-    taken: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(taken[0]) < 8:
-        for spent, function in zip(taken, functions, strict=True):
-            start = time.perf_counter()
-            function()
-            spent.append(1000 * (time.perf_counter() - start))
-    encode, added = (statistics.median(spent[3:]) for spent in taken)
-    ratio = statistics.median(b / a for a, b in zip(*(spent[3:] for spent in taken), strict=True))
+    functions = partial(dictionary.encode, x), partial(adapter, x)
+    taken, end = [], time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(taken) < 8:
+        taken.append([1000 * seconds(function, cuda=False) for function in functions])
+    encode, added = (statistics.median(spent) for spent in zip(*taken[3:], strict=True))
+    ratio = statistics.median(b / a for a, b in taken[3:])
     print(
         f"{name:28s} encode {encode:8.2f} ms, adapter {added:8.2f} ms, ratio {ratio:.2f} "
-        f"(median of {len(taken[0]) - 3})",
+        f"(median of {len(taken) - 3})",
         flush=True,
     )
 

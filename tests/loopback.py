@@ -1,35 +1,31 @@
 """A chat-completions server on 127.0.0.1 that misbehaves on demand.
 
-In tests: `with Loopback(fault=...) as server: ... server.url`. By hand, for a notebook:
-`python -m tests.loopback --port 8765`, then `base_url=http://127.0.0.1:8765/v1`. It answers what
-`lib.data.rewrite` asks by simple rules: a prompt with digits or number words is about mathematics,
-and every rewriting puts "[FR] " before the response.
+`with Loopback(fault=...) as server: ... server.url`. It answers what `lib.data.rewrite` asks by
+simple rules: a prompt with a digit is about mathematics, and every rewriting puts "[FR] " before
+the response.
 """
 
-import argparse
 import json
-import re
 import ssl
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
 
-TLS = ssl.create_default_context()
+from tests.kills import kill
 
-NUMBERS = "one two three four five six seven eight nine ten plus minus sum number percent"
-MATHS = re.compile(rf"\d|\b({'|'.join(NUMBERS.split())})\b", re.IGNORECASE)
+TLS = ssl.create_default_context()
+KEY = "sk-loopback-0123456789-secret"
 
 
 def question(body: dict) -> dict:
     """The data of a request: the first line of its messages that is a JSON object."""
-    for line in body["messages"][0]["content"].splitlines():
-        if line.startswith("{"):
-            return json.loads(line)
-    return {}
+    lines = body["messages"][0]["content"].splitlines()
+    return json.loads(next(line for line in lines if line.startswith("{")))
 
 
 def by_rules(body: dict) -> dict[str, Any]:
@@ -37,12 +33,12 @@ def by_rules(body: dict) -> dict[str, Any]:
     data = question(body)
     if "response" in data:
         return {"response": f"[FR] {data['response']}"}
-    maths = bool(MATHS.search(data.get("prompt", "")))
+    maths = any(letter.isdigit() for letter in data["prompt"])
     return {"topic": "mathematics" if maths else "something else", "matches": maths}
 
 
 def isolate(monkeypatch: Any, root: Path) -> None:
-    """For tests: no key, address, `.env` or proxy of the developer's; short back-off.
+    """No key, address, `.env` or proxy of the developer's; short back-off.
 
     Reading the machine's certificates takes 0.1 s a client, so that is done once.
     """
@@ -72,7 +68,6 @@ class Loopback(ThreadingHTTPServer):
     def __init__(
         self,
         *,
-        port: int = 0,
         answer: Callable[[dict], dict] = by_rules,
         fault: Callable[[int, dict], str | None] = lambda number, body: None,
         key: str | None = None,
@@ -81,7 +76,7 @@ class Loopback(ThreadingHTTPServer):
         latency: float = 0.0,
         completion_tokens: int = 10,
     ) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.fault, self.key, self.model = answer, fault, key, model
         self.refused_options, self.latency = refused_options, latency
         self.completion_tokens = completion_tokens
@@ -106,6 +101,17 @@ class Loopback(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is part of the tests."""
 
+    def kill_after(self, n_answered: int, process: BaseProcess) -> int:
+        """Kill a client after so many answers; returns how many requests it had sent."""
+        deadline = time.monotonic() + 60
+        while self.answered.total() < n_answered and time.monotonic() < deadline:
+            time.sleep(0.002)
+        kill(process)
+        time.sleep(0.2)
+        while self.in_flight:
+            time.sleep(0.002)
+        return len(self.bodies)
+
 
 class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # headers and body are two writes
@@ -114,9 +120,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
-
-    def do_GET(self) -> None:
-        self._send(200, {"object": "list", "data": [{"id": self.server.model or "loopback"}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -142,9 +145,10 @@ class Handler(BaseHTTPRequestHandler):
             after = {"Retry-After": value.removeprefix("after ")} if value else {}
             self._error(int(kind), f"asked to fail with {kind}", **after)
         elif kind == "html":
-            self._send(200, "<html>a proxy's page</html>", kind="text/html")
+            self._send(200, b"<html>a proxy's page</html>", **{"Content-Type": "text/html"})
         elif kind == "drop":
-            self._drop()
+            self._send(200, b'{"choices": [', **{"Content-Length": "1000"})
+            self.close_connection = True
         else:
             if kind == "slow":
                 time.sleep(float(value))
@@ -165,9 +169,8 @@ class Handler(BaseHTTPRequestHandler):
                 return 400, f"Unsupported parameter: '{name}' is not supported with this model."
         return None
 
-    def _completion(self, body: dict, fault: str) -> dict:
-        fields = {"unknown": 1} if fault == "schema" else self.server.answer(body)
-        content = json.dumps(fields)
+    def _completion(self, body: dict, fault: str) -> bytes:
+        content = json.dumps({"unknown": 1} if fault == "schema" else self.server.answer(body))
         message = {"role": "assistant", "content": content}
         if fault == "broken":
             message["content"] = content[: len(content) // 2]
@@ -176,57 +179,23 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "refusal":
             message |= {"content": None, "refusal": "I will not."}
         reason = "length" if fault == "cut" else "stop"
-        usage = {"prompt_tokens": 100, "completion_tokens": self.server.completion_tokens}
-        completion = {
-            "id": "x",
-            "object": "chat.completion",
-            "created": 0,
-            "model": body["model"],
-            "choices": [{"index": 0, "message": message, "finish_reason": reason}],
-        }
-        return completion if fault == "no usage" else completion | {"usage": usage}
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+        completion = {"id": "x", "object": "chat.completion", "created": 0, "choices": [choice]}
+        completion["model"] = body["model"]
+        if fault != "no usage":
+            tokens = self.server.completion_tokens
+            completion["usage"] = {"prompt_tokens": 100, "completion_tokens": tokens}
+        return json.dumps(completion).encode()
 
     def _error(self, status: int, message: str, **headers: str) -> None:
         error = {"message": message, "type": "error", "param": None, "code": None}
-        self._send(status, {"error": error}, **headers)
+        self._send(status, json.dumps({"error": error}).encode(), **headers)
 
-    def _drop(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", "1000")
-        self.end_headers()
-        self.wfile.write(b'{"choices": [')
-        self.wfile.flush()
-        self.close_connection = True
-
-    def _send(
-        self, status: int, body: dict | str, kind: str = "application/json", **headers: str
-    ) -> None:
-        data = (body if isinstance(body, str) else json.dumps(body)).encode()
+    def _send(self, status: int, data: bytes, **headers: str) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(data))} | headers
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds before each reply")
-    parser.add_argument("--key", help="the only key that is let in")
-    parser.add_argument("--fault", help="what goes wrong with every tenth request, e.g. 500")
-    args = parser.parse_args()
-
-    def fault(number: int, body: dict) -> str | None:
-        return args.fault if number % 10 == 0 else None
-
-    server = Loopback(port=args.port, latency=args.latency, key=args.key, fault=fault)
-    print(f"listening on {server.url}", flush=True)
-    server.serve_forever()
-
-
-if __name__ == "__main__":
-    main()
+        self.wfile.flush()

@@ -13,7 +13,7 @@ import torch
 
 from lib.activations.buffer import Buffer
 from lib.dictionaries import FitConfig, fit, recipes
-from lib.training import distributed as parallel
+from lib.training import distributed
 from tests.fit_worker import OFTEN, Planted, stream
 from tests.small_fits import screening
 
@@ -97,8 +97,8 @@ class Broken(Exception):
 
 
 def spoilt(on_rank: int, at_step: int, spoil) -> Iterator[torch.Tensor]:
-    for step, batch in enumerate(parallel.shard(stream())):
-        yield spoil(batch) if (step, parallel.rank()) == (at_step, on_rank) else batch
+    for step, batch in enumerate(distributed.shard(stream())):
+        yield spoil(batch) if (step, distributed.rank()) == (at_step, on_rank) else batch
 
 
 def with_nan(batch: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def breaks(batch: torch.Tensor) -> torch.Tensor:
 
 
 def own_share() -> Buffer:
-    return Buffer(parallel.Share(Planted()), batch_size=32, n_tokens=256, seed=5)
+    return Buffer(distributed.Share(Planted()), batch_size=32, n_tokens=256, seed=5)
 
 
 def resumed(folder: Path) -> None:
@@ -123,7 +123,7 @@ def resumed(folder: Path) -> None:
 
         class Limited(Buffer):
             def __next__(self):
-                if parallel.rank() == 1 and self.n_served >= n * 32:
+                if distributed.rank() == 1 and self.n_served >= n * 32:
                     raise Broken(n, "enough")
                 return super().__next__()
 
@@ -151,33 +151,32 @@ def score_sets(n_ranks: int) -> dict[str, list[torch.Tensor]]:
 
 
 def quotas(count: int) -> dict[str, int]:
-    with parallel.joined(torch.device("cpu")):
-        sets = score_sets(parallel.world_size())
-        return {name: parallel.quota(s[parallel.rank()], count) for name, s in sets.items()}
+    sets = score_sets(distributed.world_size())
+    return {name: distributed.quota(s[distributed.rank()], count) for name, s in sets.items()}
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    rank = parallel.rank()
+    rank = distributed.rank()
     results = {
-        "world": (rank, parallel.world_size()),
-        "recipes": trained(parallel.shard(stream())),
-        "per_dim": trained(parallel.shard(stream()), ["topk"], changes={"normalize": "per_dim"}),
-        "screened": screened(parallel.shard(stream())),
+        "world": (rank, distributed.world_size()),
+        "recipes": trained(distributed.shard(stream())),
+        "per_dim": trained(distributed.shard(stream()), ["topk"], changes={"normalize": "per_dim"}),
+        "screened": screened(distributed.shard(stream())),
         "quotas": quotas(25),
     }
     own = folder / f"of-rank-{rank}"  # what a rank writes on its own would be found there
     writing = {"changes": {"checkpoint_every": 8}, "folder": own, "tracking": "tensorboard"}
-    trained(parallel.shard(stream()), ["topk"], **writing)
+    trained(distributed.shard(stream()), ["topk"], **writing)
     results["errors"] = {
         "sizes": failed(spoilt(1, 5, lambda batch: batch[1:])),
-        "uncut": failed(parallel.shard(batch[1:] for batch in stream())),
+        "uncut": failed(distributed.shard(batch[1:] for batch in stream())),
         "nan": failed(spoilt(1, 5, with_nan), folder=own),
         "loss": failed(spoilt(1, 6, lambda batch: batch * 1e30), folder=own / "loss"),
         "gradient": failed(spoilt(1, 6, lambda batch: batch * 1e17)),
-        "ended": failed(islice(parallel.shard(stream()), 4 + 40 * rank)),
+        "ended": failed(islice(distributed.shard(stream()), 4 + 40 * rank)),
         "broken": failed(spoilt(1, 5, breaks)),
-        "folder": failed(parallel.shard(stream()), folder=folder / "file" / "below"),
+        "folder": failed(distributed.shard(stream()), folder=folder / "file" / "below"),
     }
     resumed(folder)
     torch.save(results, folder / f"{rank}.pt")

@@ -11,7 +11,7 @@ from lib.dictionaries import Dictionary, DictionaryConfig
 from lib.dictionaries.rules import TopK
 
 SITE, D, D_SAE, VOCAB = "blocks.0.hook_resid_post", 16, 64, 32
-N_STEPS, N_REFIT = 24, 12
+RANGES = (1, 3), (2, 9), (1, 7)  # of a chat's first token and of its two lengths
 
 
 def random_model() -> LlamaForCausalLM:
@@ -43,16 +43,13 @@ def rows(n: int, seed: int = 0) -> list[dict]:
     return found
 
 
-RANGES = (1, 3), (2, 9), (1, 7)
-
-
 def chats(n: int = 40, *, batch_size: int = 8, seed: int = 0) -> Chats:
     return Chats(rows(n, seed), 0, batch_size=batch_size, seed=seed)
 
 
 def config(**changes) -> SaeLoraConfig:
-    defaults = {"n_read": 6, "n_write": 5, "n_steps": N_STEPS, "n_refit": N_REFIT, "eval_every": 5}
-    return SaeLoraConfig(**defaults | {"lr": 0.03} | changes)
+    steps = {"n_steps": 24, "n_refit": 12, "eval_every": 5}
+    return SaeLoraConfig(**{"n_read": 6, "n_write": 5, "lr": 0.03} | steps | changes)
 
 
 def train(adapter: SaeLora, *, model=None, **options) -> SaeLoraFit:

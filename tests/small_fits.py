@@ -15,10 +15,9 @@ from lib.activations.buffer import Buffer
 from lib.dictionaries import Dictionary, FitConfig, fit, recipes
 from lib.dictionaries.losses import Reconstruction
 from lib.dictionaries.trainer import DictionaryTrainer
-from lib.sparse import SparseActs, memory
-from lib.sparse import screen as search
-from lib.sparse.memory import Memory
-from lib.sparse.screen import Search
+from lib.sparse import SparseActs, ops, screen
+from lib.sparse.screen import Scan
+from lib.training import Feed
 from tests import fit_worker
 from tests.fit_worker import Planted
 
@@ -27,7 +26,7 @@ SPARSE = {
     "topk": recipes.topk(k=3),
     "batchtopk": recipes.batchtopk(k=3),
     "jumprelu": recipes.jumprelu(l0=0.05, threshold=0.8, bandwidth=0.3),  # few from the start
-    "jumprelu whole": recipes.jumprelu(l0=0.05, threshold=0.05),
+    "jumprelu dense": recipes.jumprelu(l0=0.05, threshold=0.05),
 }
 
 
@@ -36,24 +35,21 @@ def planted(n_steps: int, batch_size: int = 48) -> list[torch.Tensor]:
     return list(islice(buffer, n_steps))
 
 
-def trainee(
-    recipe: recipes.Recipe,
-    memory: Memory | None = None,
-    d_sae: int = 64,
-    shape: dict | None = None,
-    **settings,
+def started(
+    recipe: recipes.Recipe, first: torch.Tensor, shape: dict | None = None, **settings
 ) -> DictionaryTrainer:
-    """Of the planted activations, unless `shape` says otherwise; `settings` are `FitConfig`'s."""
-    config = recipe.dictionary(**{"site_dims": (16,), "d_sae": d_sae} | (shape or {}))
+    """A trainer, calibrated on `first`; `settings` are `FitConfig`'s."""
+    config = recipe.dictionary(**{"site_dims": (16,), "d_sae": 64} | (shape or {}))
     defaults = {"n_steps": 12, "lr": 3e-3, "dead_after": 150}
-    return DictionaryTrainer(config, recipe, FitConfig(**defaults | settings), CPU, memory)
+    trainer = DictionaryTrainer(config, recipe, FitConfig(**defaults | settings), CPU)
+    trainer.start(Feed([first], CPU))
+    return trainer
 
 
 def trained(recipe: recipes.Recipe, n_steps: int, **settings) -> tuple[DictionaryTrainer, list]:
     """And what each step computed."""
-    it = trainee(recipe, n_steps=n_steps, **settings)
     batches = planted(n_steps)
-    it.start(batches[0])
+    it = started(recipe, batches[0], n_steps=n_steps, **settings)
     return it, [it.step(i, batch) for i, batch in enumerate(batches)]
 
 
@@ -71,38 +67,42 @@ def fvu_of(dictionary: Dictionary, x: torch.Tensor) -> float:
     return ((x - dictionary(x)).square().sum() / (x - x.mean(0)).square().sum()).item()
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    """Bit for bit, but for the time it took."""
+def same(a: dict, b: dict) -> None:
+    """Tensors equal bit for bit, in dicts or dicts of dicts."""
     assert a.keys() == b.keys()
-    for name in a.keys() - {"seconds"}:
-        assert torch.equal(a[name], b[name]), name
+    for name, value in a.items():
+        if isinstance(value, dict):
+            same(value, b[name])
+        else:
+            assert torch.equal(value, b[name]), name
 
 
 def in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pre-activations of 16 tokens at a time, other matrices row by row."""
-    for name in ("TOKENS", "SCREENED_TOKENS"):
-        monkeypatch.setattr(search, name, 16)
-    for module in (search, memory):
+    monkeypatch.setattr(screen, "TOKENS", 16)
+    for module in (screen, ops):
         monkeypatch.setattr(module, "BLOCK", (1, 1))
 
 
 @contextlib.contextmanager
-def screening(on: bool = True, candidates: float = 1.0) -> Iterator[list[bool]]:
+def screening(on: bool = True, candidates: float = 3.0) -> Iterator[list[bool]]:
     """Pre-activations of any size are screened, on any CPU, unless more than this share of them are
-    candidates; or none. Gives whether each scan of a screen was enough."""
-    scans, find_candidates = [], Search._candidates
+    candidates; or none. Gives whether each look at a screen was enough."""
+    looks, find_candidates = [], Scan._candidates
 
-    def recorded(self: Search, find: search.Find) -> SparseActs | None:
-        found = find_candidates(self, find)
-        scans.append(found is not None)
+    def recorded(self: Scan, *given) -> SparseActs | None:
+        asked = self._screened
+        found = find_candidates(self, *given)
+        if asked:
+            looks.append(found is not None)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "has_amx", lambda: on)
-        patch.setattr(search, "SCREENED", -math.inf)
-        patch.setattr(search, "CANDIDATES", candidates)
-        patch.setattr(Search, "_candidates", recorded)
-        yield scans
+        patch.setattr(screen, "has_amx", lambda: on)
+        patch.setattr(screen, "SCREENED", -math.inf)
+        patch.setattr(screen, "CANDIDATES", candidates)
+        patch.setattr(Scan, "_candidates", recorded)
+        yield looks
 
 
 def stopped_and_resumed(folder: Path, config: FitConfig) -> None:
@@ -120,20 +120,6 @@ def stopped_and_resumed(folder: Path, config: FitConfig) -> None:
     for name in plans:
         assert cut[name].history == whole[name].history
         same(cut[name].dictionary.state_dict(), whole[name].dictionary.state_dict())
-
-
-def below(numbers: torch.Tensor) -> torch.Tensor:
-    """A float32 just below each."""
-    down = torch.tensor(-torch.inf)
-    return numbers.float().nextafter(down).nextafter(down)
-
-
-def marked(places: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Where they are in it; they are checked to ascend."""
-    assert (places.diff() > 0).all()
-    mask = torch.zeros(matrix.numel(), dtype=torch.bool)
-    mask[places] = True
-    return mask.view(matrix.shape)
 
 
 @dataclass(frozen=True)
@@ -154,25 +140,13 @@ class Watched(Reconstruction):
     terms: tuple
     seen: list[Seen] = field(default_factory=list)
 
-    def __call__(self, p):
-        terms = [term(p) for term in self.terms]
-        loss, sparse = torch.stack(terms).sum(), isinstance(p.acts, SparseActs)
-        self.seen.append(Seen(loss.item(), sparse, len(p.dead), {term.dtype for term in terms}))
+    def __call__(self, out):
+        terms = [term(out) for term in self.terms]
+        loss, sparse = torch.stack(terms).sum(), isinstance(out.acts, SparseActs)
+        self.seen.append(Seen(loss.item(), sparse, len(out.dead), {term.dtype for term in terms}))
         return loss
 
 
 def watched(recipe: recipes.Recipe) -> tuple[recipes.Recipe, list[Seen]]:
     term = Watched(terms=recipe.terms)
     return replace(recipe, terms=(term,)), term.seen
-
-
-class Recorded(Memory):
-    """Holds all that it handed out, so that no allocator can give the same place twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.out: list[torch.Tensor] = []
-
-    def take(self, *what, **named) -> torch.Tensor:
-        self.out.append(super().take(*what, **named))
-        return self.out[-1]

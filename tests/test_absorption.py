@@ -10,13 +10,10 @@ from lib.dictionaries import SparseActs
 from lib.latents import LatentRecord
 from lib.world import CONCEPTS
 
-N, WORDS, OTHERS = 9600, 40, 40  # tokens, children of `animal`, words of no class
+N, WORDS, OTHERS = 4800, 40, 40  # tokens, children of `animal`, words of no class
 PARENT, HOLE = 0, 7  # the parent's latent, and the word that it is silent on
 D = 1 + WORDS + OTHERS
-
-
-def bit(name: str) -> int:
-    return 1 << CONCEPTS.index(name)
+ANIMAL = 1 << CONCEPTS.index("animal")
 
 
 def planted(
@@ -46,10 +43,10 @@ def planted(
         others &= torch.rand(N, generator=torch.Generator().manual_seed(0)) < 0.5
         acts[others, 1 + HOLE] = 1.0
         acts[others, -1] = 1.0
-    return record_of(acts, words, is_child), x, W_dec
+    return record_of(acts, words, children), x, W_dec
 
 
-def record_of(acts, words, is_child) -> LatentRecord:
+def record_of(acts, words, children: int = WORDS) -> LatentRecord:
     pairs, rows = SparseActs.of(acts), torch.arange(N) // 20
     return LatentRecord(
         indices=pairs.indices,
@@ -61,7 +58,7 @@ def record_of(acts, words, is_child) -> LatentRecord:
         positions=torch.arange(N) % 20,
         texts=words,
         text_offsets=torch.arange(N // 20 + 1) * 20,
-        concepts=is_child.long() * bit("animal"),
+        concepts=(words < children).long() * ANIMAL,
     )
 
 
@@ -77,20 +74,16 @@ def test_an_absorbed_child_is_counted():
     assert torch.equal(found.loose_rate, found.rate)
 
 
-def test_an_honest_dictionary_absorbs_nothing():
-    found = absorption(*planted(absorbs=False))
-    assert found.main == ((PARENT,),)
-    assert found.silent.tolist() == found.absorbed.tolist() == [0]
-    assert found.mean == 0
-
-
-def test_a_hole_that_nothing_fills_is_silence_not_absorption():
+def test_silence_that_no_latent_fills_is_not_absorption():
+    honest = absorption(*planted(absorbs=False))
+    assert honest.main == ((PARENT,),) and honest.mean == 0
+    assert honest.silent.tolist() == honest.absorbed.tolist() == [0]
     record, x, W_dec = planted()
     W_dec[1 + HOLE, PARENT] = 0.0
     W_dec[1 + HOLE, 1 + HOLE] = 0.0  # the probe reads the word too, a little
-    found = absorption(record, x, W_dec)
-    assert int(found.silent) > 0
-    assert found.dominated.tolist() == found.absorbed.tolist() == [0]
+    hole = absorption(record, x, W_dec)
+    assert int(hole.silent) > 0
+    assert hole.dominated.tolist() == hole.absorbed.tolist() == [0]
 
 
 def test_the_absorbing_latent_must_belong_to_the_child():
@@ -100,30 +93,21 @@ def test_the_absorbing_latent_must_belong_to_the_child():
     assert float(found.loose_rate) == pytest.approx(1 / WORDS, rel=0.15)
 
 
-@pytest.mark.parametrize(("lead", "share", "absorbs"), [(0.6, 0.4, True), (0.6, 0.8, False)])
-def test_the_share_decides(lead, share, absorbs):
-    """The word's latent adds about 0.6 of the probe's score, a second latent the rest."""
-    found = absorption(*planted(lead=lead), share=share)
-    assert int(found.silent) > 0
-    assert (int(found.absorbed) > 0) == absorbs
-
-
 def test_only_the_latent_that_adds_most_counts():
     """The word's own latent adds a fifth of the score and more, but one of many words the most."""
-    own_leads = absorption(*planted(lead=0.8, shared=False), share=0.2)
+    own_leads = absorption(*planted(lead=0.8), share=0.2)
     assert int(own_leads.absorbed) == int(own_leads.silent) > 0
     record, x, W_dec = planted(lead=0.3, shared=True)
     pairs = record.acts.dense()
     pairs[:, 1 + HOLE] *= record.ids == HOLE  # this latent still belongs to the word
-    other = absorption(record_of(pairs, record.ids, record.ids < WORDS), x, W_dec, share=0.2)
+    other = absorption(record_of(pairs, record.ids), x, W_dec, share=0.2)
     assert int(other.dominated) == int(other.silent) > 0
     assert other.absorbed.tolist() == [0]
 
 
 def test_a_parent_of_few_children_is_split_unless_k_is_one():
     """The hole is an eighth of the parent's tokens: its latent is worth having as a second one."""
-    few = planted(children=8)
-    split = absorption(*few)
+    split = absorption(*(few := planted(children=8)))
     assert split.main == ((PARENT, 1 + HOLE),)
     assert split.silent.tolist() == split.absorbed.tolist() == [0]
     single = absorption(*few, k=1)
@@ -131,15 +115,18 @@ def test_a_parent_of_few_children_is_split_unless_k_is_one():
     assert single.mean == pytest.approx(1 / 8, rel=0.2)
 
 
-def test_scales_of_latents_do_not_matter():
-    """Values up, decoder rows down, for each latent by another factor."""
+def test_the_share_decides_and_scales_of_latents_do_not_matter():
+    """The word's latent adds about 0.6 of the probe's score, a second latent the rest.
+
+    The same with values up and decoder rows down, for each latent by another factor.
+    """
     record, x, W_dec = planted(lead=0.6)
     factors = torch.logspace(1, -1, len(W_dec))
     scaled = dataclasses.replace(record, values=record.values * factors[record.indices])
     for share, absorbs in ((0.4, True), (0.8, False)):
         found = absorption(record, x, W_dec, share=share)
         other = absorption(scaled, x, W_dec / factors[:, None], share=share)
-        assert (int(found.absorbed) > 0) == absorbs
+        assert int(found.silent) > 0 and (int(found.absorbed) > 0) == absorbs
         for field in ("n_tokens", "silent", "dominated", "absorbed"):
             assert torch.equal(getattr(found, field), getattr(other, field)), field
 
@@ -151,8 +138,7 @@ def test_what_latents_take_from_the_score_does_not_count():
     acts[record.ids == HOLE, -1] = 2.0
     W_dec[-1] *= -1
     W_dec[1 + HOLE, PARENT] = 3.0
-    against = record_of(acts, record.ids, record.ids < WORDS)
-    found = absorption(against, x, W_dec, share=0.9)
+    found = absorption(record_of(acts, record.ids), x, W_dec, share=0.9)
     assert int(found.absorbed) == int(found.silent) > 0
 
 
@@ -171,9 +157,8 @@ def test_a_latent_that_speaks_against_the_parent_is_no_main_latent():
     acts = record.acts.dense()
     acts[:, PARENT] = 0.0
     acts[:, -1] = (record.ids >= WORDS).float()
-    against = record_of(acts, record.ids, record.ids < WORDS)
     with pytest.raises(ValueError, match="need a parent with two children, a main latent"):
-        absorption(against, x, W_dec, k=1)
+        absorption(record_of(acts, record.ids), x, W_dec, k=1)
 
 
 def test_words_of_two_classes_are_no_children():
@@ -201,8 +186,8 @@ def test_bad_input():
         refuse(r"need share in \(0, 1\]", share=share)
     nothing = dataclasses.replace(record, concepts=torch.zeros_like(record.concepts))
     refuse("need a concept on and off at least 20 tokens", nothing)
-    one = dataclasses.replace(record, concepts=(record.ids == HOLE).long() * bit("animal"))
-    refuse("need a parent with two children, a main latent and 20 tokens", one)
+    one = dataclasses.replace(record, concepts=(record.ids == HOLE).long() * ANIMAL)
     silent = dataclasses.replace(record, values=torch.zeros_like(record.values))
-    refuse("need a parent with two children, a main latent and 20 tokens", silent)
+    for given in (one, silent):
+        refuse("need a parent with two children, a main latent and 20 tokens", given)
     refuse("need finite features", x=x * float("nan"))

@@ -6,38 +6,53 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from lib import paths
 from lib.activations.buffer import Buffer
 from lib.activations.harvest import HarvestConfig, Harvester
 from lib.activations.moments import Moments, Normalizer
 from lib.activations.source import Block, Source
 from lib.data.corpus import load_corpus
-from lib.models import load_model, module_at, read
+from lib.models import module_at, read
 from lib.models.load import weights_fingerprint
 from lib.models.sites import sites
 
 POST, Z = "blocks.1.hook_resid_post", "blocks.2.attn.hook_z"
+SIZES = (13, 0, 40, 7, 1, 0, 29, 10, 3)  # 103 tokens
+
+
+class Numbered:
+    """Block `i` holds `sizes[i]` tokens; column 0 numbers all tokens of the source.
+
+    `change` makes other activations of a block's, or raises.
+    """
+
+    hook_names, site_dims = (POST, POST), (2, 1)
+
+    def __init__(self, sizes=SIZES, dtype=torch.float32, fingerprint="0" * 64, change=None):
+        self.sizes, self.dtype, self.fingerprint, self.change = sizes, dtype, fingerprint, change
+        self.n_blocks, self.read = len(sizes), []
+
+    def block(self, i):
+        self.read.append(i)
+        n = self.sizes[i]
+        numbers = sum(self.sizes[:i]) + torch.arange(n)
+        acts = torch.stack([numbers, numbers + 0.25, -numbers], dim=1).to(self.dtype)
+        acts = self.change(i, acts) if self.change else acts
+        return Block(acts, numbers.int() + 7, torch.full((n,), i), torch.arange(n))
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    folder = paths.shipped_dir() / "models"
-    return {name: load_model(folder / name, device="cpu") for name in ("tiny-gemma2", "tiny-llama")}
+def corpus(gemma):
+    return load_corpus("world", gemma[1], n_tokens=700, seq_len=64)
 
 
 @pytest.fixture(scope="module")
-def gemma(loaded):
-    return loaded["tiny-gemma2"][0]
+def model(gemma):
+    return gemma[0]
 
 
 @pytest.fixture(scope="module")
-def llama(loaded):
-    return loaded["tiny-llama"][0]
-
-
-@pytest.fixture(scope="module")
-def corpus(loaded):
-    return load_corpus("world", loaded["tiny-gemma2"][1], n_tokens=900, seq_len=64)
+def other(llama):
+    return llama[0]
 
 
 def harvest(models, corpus, *hook_names, **config):
@@ -51,9 +66,6 @@ def all_of(source):
     return Block(*(torch.cat([getattr(block, name) for block in blocks]) for name in names))
 
 
-# ---- harvest
-
-
 def row_by_row(model, corpus, hook_names):
     """The truth, without batches or padding: `[n d_in]` of every real token."""
     parts = []
@@ -64,9 +76,9 @@ def row_by_row(model, corpus, hook_names):
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("name", ["tiny-gemma2", "tiny-llama"])
-def test_harvest_is_the_models_activations(loaded, corpus, name):
-    model = loaded[name][0]
+@pytest.mark.parametrize("name", ["model", "other"])
+def test_harvest_is_the_models_activations(request, corpus, name):
+    model = request.getfixturevalue(name)
     names = (Z, "blocks.0.hook_resid_pre", "blocks.3.hook_mlp_out")  # in no special order
     source = harvest([model], corpus, *names, batch_rows=7, skip_special=False)
     assert isinstance(source, Source)
@@ -79,42 +91,44 @@ def test_harvest_is_the_models_activations(loaded, corpus, name):
     assert torch.equal(got.ids, corpus.ids[corpus.mask])
 
 
-def test_special_tokens_and_padding_are_left_out(gemma, corpus):
-    everything = all_of(harvest([gemma], corpus, batch_rows=7, skip_special=False))
-    source = harvest([gemma], corpus, batch_rows=7)
+def places(source):
+    """Rows and positions of what the source keeps."""
+    return torch.cat([source.keep(i) for i in range(source.n_blocks)]).nonzero()
+
+
+def test_special_tokens_and_padding_are_left_out(model, corpus):
+    everything = all_of(harvest([model], corpus, batch_rows=7, skip_special=False))
+    source = harvest([model], corpus, batch_rows=7)
     got = all_of(source)
     wanted = ~corpus.special[everything.rows, everything.positions]
     assert torch.equal(got.acts, everything.acts[wanted])
-    keep = torch.cat([source.keep(i) for i in range(source.n_blocks)])
-    assert torch.equal(keep, corpus.mask & ~corpus.special)
-    assert torch.equal(keep.nonzero(), torch.stack([got.rows, got.positions], dim=1))
+    assert torch.equal(places(source), (corpus.mask & ~corpus.special).nonzero())
+    assert torch.equal(places(source), torch.stack([got.rows, got.positions], dim=1))
+    few = copy.deepcopy(corpus.rows(0, 4))
+    few.special[:2] = few.mask[:2]
+    source = harvest([model], few, batch_rows=2)
+    assert source.block(0).acts.shape == (0, 128)
+    assert len(source.block(1).acts) > 0
 
 
-def test_models_stand_side_by_side(gemma, llama, corpus):
-    names = (POST, Z)
-    both = harvest([gemma, llama], corpus, *names)
-    assert both.site_dims == (128, 128, 96, 96)
-    assert both.hook_names == names * 2
-    alone = [all_of(harvest([model], corpus, *names)).acts for model in (gemma, llama)]
-    assert torch.equal(all_of(both).acts, torch.cat(alone, dim=1))
-
-
-def test_a_head_is_a_site(gemma, corpus):
+def test_models_stand_side_by_side_and_a_head_is_a_site(model, other, corpus):
     names = (f"{Z}.3", POST, Z, f"{Z}.0")
-    source = harvest([gemma], corpus, *names)
-    assert source.site_dims == (32, 128, 128, 32)
-    head_3, post, z, head_0 = all_of(source).acts.split(source.site_dims, dim=1)
-    assert torch.equal(head_3, z[:, 96:])
-    assert torch.equal(head_0, z[:, :32])
-    assert torch.equal(post, all_of(harvest([gemma], corpus, POST)).acts)
+    both = harvest([model, other], corpus, *names)
+    assert both.site_dims == (32, 128, 128, 32, 24, 96, 96, 24)
+    assert both.hook_names == names * 2
+    acts = all_of(both).acts
+    alone = [all_of(harvest([one], corpus, POST, Z)).acts for one in (model, other)]
+    for one, parts in zip(alone, acts.split([320, 240], dim=1), strict=True):
+        post, z = one.chunk(2, dim=1)
+        d_head = post.shape[1] // 4
+        assert torch.equal(parts, torch.cat([z[:, -d_head:], post, z, z[:, :d_head]], dim=1))
 
 
-def test_outliers_are_left_out_by_the_first_blocks_median(gemma, llama, corpus):
+def test_outliers_are_left_out_by_the_first_blocks_median(model, other, corpus):
     settings = {"batch_rows": 5, "skip_special": False}
-    everything = all_of(harvest([gemma, llama], corpus, POST, Z, **settings))
-    source = harvest([gemma, llama], corpus, POST, Z, max_norm=1.5, **settings)
-    parts = everything.acts.split(source.site_dims, dim=1)
-    norms = torch.stack([part.norm(dim=1) for part in parts])
+    everything = all_of(harvest([model, other], corpus, POST, Z, **settings))
+    source = harvest([model, other], corpus, POST, Z, max_norm=1.5, **settings)
+    norms = torch.stack([x.norm(dim=1) for x in everything.acts.split(source.site_dims, dim=1)])
     medians = norms[:, everything.rows < 5].median(dim=1).values
     usual = norms <= 1.5 * medians[:, None]
     assert (~usual).any(dim=1).sum() >= 2  # more than one site has outliers
@@ -122,118 +136,96 @@ def test_outliers_are_left_out_by_the_first_blocks_median(gemma, llama, corpus):
     assert 0 < keep.sum() < len(keep)
     assert torch.equal(got.acts, everything.acts[keep])
     assert torch.equal(got.rows, everything.rows[keep])
-    kept = torch.cat([source.keep(i) for i in range(source.n_blocks)])
-    assert torch.equal(kept.nonzero(), torch.stack([got.rows, got.positions], dim=1))
+    assert torch.equal(places(source), torch.stack([got.rows, got.positions], dim=1))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtypes(gemma, corpus, dtype):
-    exact = all_of(harvest([gemma], corpus)).acts
-    handed_on = all_of(harvest([gemma], corpus, dtype=dtype)).acts
+def test_dtypes(model, corpus, dtype):
+    exact = all_of(harvest([model], corpus)).acts
+    handed_on = all_of(harvest([model], corpus, dtype=dtype)).acts
     assert torch.equal(handed_on, exact.to(getattr(torch, dtype)))
-    half = copy.deepcopy(gemma).to(getattr(torch, dtype))
+    half = copy.deepcopy(model).to(getattr(torch, dtype))
     got = all_of(harvest([half], corpus, max_norm=50.0)).acts
     assert got.dtype == torch.float32
     assert (got - exact).norm() / exact.norm() < {"float32": 1e-6}.get(dtype, 0.05)
 
 
-def test_a_block_of_special_tokens_only_is_empty(gemma, corpus):
-    source = harvest([gemma], corpus.rows(0, 4), batch_rows=2)
-    source.corpus.special[:2] = source.corpus.mask[:2]
-    try:
-        assert source.block(0).acts.shape == (0, 128)
-        assert len(source.block(1).acts) > 0
-    finally:
-        source.corpus.special[:2] &= torch.isin(corpus.ids[:2], torch.tensor([2, 3, 4, 5]).int())
-
-
-# ---- backends
-
-
-def n_hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+def hooks_and_names(model):
+    n_hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return n_hooks, [name for name, _ in model.named_modules()]
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["nnsight", "transformer_lens"])
-@pytest.mark.parametrize("name", ["tiny-gemma2", "tiny-llama"])
+@pytest.mark.parametrize("name", ["model", "other"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backends_agree(loaded, corpus, name, backend, dtype):
-    model = copy.deepcopy(loaded[name][0]).to(dtype)
+def test_backends_agree(request, corpus, name, backend, dtype):
+    model = copy.deepcopy(request.getfixturevalue(name)).to(dtype)
     model.set_attn_implementation("eager")  # as in the bridge; sdpa rounds otherwise
-    before = n_hooks(model), [name for name, _ in model.named_modules()]
+    before = hooks_and_names(model)
     names = (f"{Z}.1", *(s for s in sites(model) if s.startswith(("blocks.1", "blocks.2"))))
     wanted = all_of(harvest([model], corpus, *names))
     got = all_of(harvest([model], corpus, *names, backend=backend))
     torch.testing.assert_close(got.acts, wanted.acts, atol=1e-5, rtol=0)
     assert torch.equal(got.positions, wanted.positions)
-    assert (n_hooks(model), [name for name, _ in model.named_modules()]) == before
+    assert hooks_and_names(model) == before
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["hf", "nnsight", "transformer_lens"])
-def test_no_layer_runs_after_the_highest_site(gemma, corpus, backend):
-    model, calls = copy.deepcopy(gemma), []
+def test_no_layer_runs_after_the_highest_site(model, corpus, backend):
+    model, calls = copy.deepcopy(model), []
     for i in range(4):
         layer = module_at(model, f"blocks.{i}.hook_resid_pre")
         layer.register_forward_pre_hook(lambda m, args, i=i: calls.append(i))
-    mlp = model.model.layers[2].mlp
-    mlp.register_forward_pre_hook(lambda m, args: calls.append("mlp"))
+    model.model.layers[2].mlp.register_forward_pre_hook(lambda m, args: calls.append("mlp"))
     harvest([model], corpus, Z, POST, backend=backend).block(0)
     assert calls == [0, 1, 2]  # and not layer 2's MLP
     calls.clear()
     harvest([model], corpus, "blocks.3.hook_resid_pre", POST, backend=backend).block(0)
-    assert 3 not in calls[:4]
     assert calls[:4] == [0, 1, 2, "mlp"]
 
 
-# ---- what made it
-
-
-def test_fingerprint_tells_weights_corpus_and_config(gemma, llama, corpus):
-    base = harvest([gemma], corpus)
-    twin = harvest([copy.deepcopy(gemma)], corpus)
-    assert base.fingerprint == twin.fingerprint
+def test_fingerprint_tells_weights_corpus_and_config(model, other, corpus):
+    base = harvest([model], corpus).fingerprint
+    assert base == harvest([copy.deepcopy(model)], corpus).fingerprint
     others = [
-        harvest([llama], corpus),
-        harvest([gemma, llama], corpus),
-        harvest([gemma], corpus.rows(1, 99)),
-        harvest([gemma], corpus, POST, Z),
-        harvest([gemma], corpus, batch_rows=8),
-        harvest([gemma], corpus, skip_special=False),
+        harvest([other], corpus),
+        harvest([model, other], corpus),
+        harvest([model], corpus.rows(1, 99)),
+        harvest([model], corpus, POST, Z),
+        harvest([model], corpus, batch_rows=8),
+        harvest([model], corpus, skip_special=False),
     ]
-    prints = {base.fingerprint, *(other.fingerprint for other in others)}
-    assert len(prints) == 1 + len(others)
+    assert len({base, *(other.fingerprint for other in others)}) == 1 + len(others)
 
 
-def test_weights_fingerprint_sees_any_one_weight(gemma):
-    original = weights_fingerprint(gemma)
-    changed = copy.deepcopy(gemma)
+def test_weights_fingerprint_sees_any_one_weight(model):
+    original = weights_fingerprint(model)
+    changed = copy.deepcopy(model)
     for name, weight in changed.named_parameters():
-        place = (weight.numel() // 2,)
-        before = weight.data.flatten()[place].clone()
-        weight.data.view(-1)[place] = torch.nextafter(before, before + 1)
+        flat, place = weight.data.view(-1), weight.numel() // 2
+        before = flat[place].clone()
+        flat[place] = torch.nextafter(before, before + 1)
         assert weights_fingerprint(changed) != original, name
-        weight.data.view(-1)[place] = before
+        flat[place] = before
     weight = changed.model.layers[1].mlp.up_proj.weight.data
-    weight[[0, 1]] = weight[[1, 0]]
-    assert weights_fingerprint(changed) != original
-    weight[[0, 1]] = weight[[1, 0]]
-    assert weights_fingerprint(changed) == original
-    weight[:, [0, 1]] = weight[:, [1, 0]]
-    assert weights_fingerprint(changed) != original
-    weight[:, [0, 1]] = weight[:, [1, 0]]
+    for swapped in (weight, weight.T):
+        swapped[[0, 1]] = swapped[[1, 0]]
+        assert weights_fingerprint(changed) != original
+        swapped[[0, 1]] = swapped[[1, 0]]
+        assert weights_fingerprint(changed) == original
     changed.config.rope_parameters["rope_theta"] = 5e5
     assert weights_fingerprint(changed) != original
 
 
-def test_harvest_errors(gemma, llama, corpus):
-    def refuse(match, *hook_names, models=(gemma,), rows=corpus, **config):
+def test_harvest_errors(model, other, corpus):
+    def refuse(match, *hook_names, models=(model,), rows=corpus, **config):
         with pytest.raises(ValueError, match=match):
             harvest(list(models), rows, *hook_names, **config)
 
     refuse("near ones: .*blocks.1.hook_resid_post", "blocks.1.hook_resid_pots")
-    refuse("no hook name 'blocks.4", "blocks.4.hook_resid_post", models=(llama, gemma))
+    refuse("no hook name 'blocks.4", "blocks.4.hook_resid_post", models=(other, model))
     refuse("blocks.2.attn.hook_z.4: need a head in 0 to 3, got 4", f"{Z}.4")
     refuse("need each hook name once", POST, POST)
     refuse("need batch_rows >= 1, got 0", batch_rows=0)
@@ -244,33 +236,11 @@ def test_harvest_errors(gemma, llama, corpus):
     with pytest.raises(ValueError, match="need at least one hook name"):
         HarvestConfig(hook_names=())
     with pytest.raises(ValueError, match="need a block in 0 to 1, got 2"):
-        harvest([gemma], corpus.rows(0, 33)).block(2)
+        harvest([model], corpus.rows(0, 33)).block(2)
     foreign = copy.copy(corpus.rows(0, 2))
     object.__setattr__(foreign, "ids", foreign.ids + 5000)
     refuse("model 0 has 1941 token ids, but the corpus holds id", rows=foreign)
-    refuse("model 0 is in training mode", models=(copy.deepcopy(gemma).train(),))
-
-
-# ---- buffer
-
-
-class Numbered:
-    """Block `i` holds `sizes[i]` tokens; column 0 numbers all tokens of the source."""
-
-    hook_names, site_dims, fingerprint = (POST,), (3,), "0" * 64
-
-    def __init__(self, sizes, dtype=torch.float32):
-        self.sizes, self.dtype, self.n_blocks, self.read = sizes, dtype, len(sizes), []
-
-    def block(self, i):
-        self.read.append(i)
-        n = self.sizes[i]
-        numbers = sum(self.sizes[:i]) + torch.arange(n)
-        acts = torch.stack([numbers, numbers + 0.25, -numbers], dim=1).to(self.dtype)
-        return Block(acts, numbers.int(), torch.full((n,), i), torch.arange(n))
-
-
-SIZES = (13, 0, 40, 7, 1, 0, 29, 10, 3)  # 103 tokens
+    refuse("model 0 is in training mode", models=(copy.deepcopy(model).train(),))
 
 
 def served(buffer, n_batches):
@@ -281,7 +251,7 @@ def served(buffer, n_batches):
     ("batch_size", "n_tokens"), [(1, 1), (4, 20), (7, 30), (20, 20), (50, 500)]
 )
 def test_each_token_once_an_epoch(batch_size, n_tokens):
-    buffer = Buffer(Numbered(SIZES), batch_size=batch_size, n_tokens=n_tokens)
+    buffer = Buffer(Numbered(), batch_size=batch_size, n_tokens=n_tokens)
     batches = [next(buffer) for _ in range(-(-4 * 103 // batch_size))]
     assert all(batch.shape == (batch_size, 3) for batch in batches)
     x = torch.cat(batches)
@@ -296,11 +266,11 @@ def test_each_token_once_an_epoch(batch_size, n_tokens):
 
 
 def test_order_follows_from_the_seed():
-    def order(seed):
-        return served(Buffer(Numbered(SIZES), batch_size=8, n_tokens=32, seed=seed), 30)
-
-    assert torch.equal(order(0), order(0))
-    assert not torch.equal(order(0), order(1))
+    first, again, another = (
+        served(Buffer(Numbered(), batch_size=8, n_tokens=32, seed=seed), 30) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, another)
 
 
 def test_batches_mix_blocks():
@@ -325,78 +295,60 @@ def test_refilled_when_half_empty_and_not_before():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("batch_size", "n_tokens"), [(7, 30), (20, 20), (30, 200)])
 def test_resume_continues_bit_for_bit(batch_size, n_tokens, dtype):
-    whole = Numbered(SIZES, dtype)
-    buffer = Buffer(whole, batch_size=batch_size, n_tokens=n_tokens)
-    x = [next(buffer) for _ in range(40)]
+    source = Numbered(dtype=dtype)
+    buffer = Buffer(source, batch_size=batch_size, n_tokens=n_tokens)
+    x, states, counts = [], [], []
+    for _ in range(40):
+        states.append(buffer.state_dict())  # a copy: saved when the buffer has gone on
+        counts.append((buffer.n_served, buffer.epoch, len(source.read)))
+        x.append(next(buffer))
     assert x[0].dtype == dtype
     for stop in range(30):
-        first = Numbered(SIZES, dtype)
-        buffer = Buffer(first, batch_size=batch_size, n_tokens=n_tokens)
-        for _ in range(stop):
-            next(buffer)
-        state = load(save(buffer.state_dict()))
-        n_served, epoch, n_read = buffer.n_served, buffer.epoch, len(first.read)
-        next(buffer)  # the state is a copy
-        second = Numbered(SIZES, dtype)
-        resumed = Buffer(second, batch_size=batch_size, n_tokens=n_tokens, seed=99)
-        resumed.load_state_dict(state)
-        assert (resumed.n_served, resumed.epoch) == (n_served, epoch)
-        assert not second.read
-        rest = [next(resumed) for _ in range(40 - stop)]
-        assert torch.equal(torch.stack(rest), torch.stack(x[stop:]))
-        assert first.read[:n_read] + second.read == whole.read  # none read twice
+        again = Numbered(dtype=dtype)
+        resumed = Buffer(again, batch_size=batch_size, n_tokens=n_tokens, seed=99)
+        resumed.load_state_dict(load(save(states[stop])))
+        assert (resumed.n_served, resumed.epoch, again.read) == (*counts[stop][:2], [])
+        rest = [next(resumed) for _ in range(10)]
+        assert torch.equal(torch.stack(rest), torch.stack(x[stop : stop + 10]))
+        assert again.read == source.read[counts[stop][2] : counts[stop + 10][2]]  # none twice
 
 
 def test_buffer_errors():
-    source = Numbered(SIZES)
-    with pytest.raises(ValueError, match="need batch_size >= 1, got 0"):
-        Buffer(source, batch_size=0)
-    with pytest.raises(ValueError, match="need n_tokens >= batch_size 8, got 7"):
-        Buffer(source, batch_size=8, n_tokens=7)
-    with pytest.raises(ValueError, match="at least one block"):
-        Buffer(Numbered([]), batch_size=1)
-    with pytest.raises(ValueError, match="all empty"):
-        next(Buffer(Numbered([0, 0]), batch_size=1))
-    state = Buffer(source, batch_size=8).state_dict()
-    with pytest.raises(ValueError, match="state with batch_size 4, got one with 8"):
-        Buffer(source, batch_size=4).load_state_dict(state)
-    with pytest.raises(ValueError, match="state with n_tokens 16, got one with 65536"):
-        Buffer(source, batch_size=8, n_tokens=16).load_state_dict(state)
-    source.fingerprint = "1" * 64
-    with pytest.raises(ValueError, match="state of source 1111.*got one of 0000"):
-        Buffer(source, batch_size=8).load_state_dict(state)
+    def refuse(match, source=None, state=None, **sizes):
+        with pytest.raises(ValueError, match=match):
+            buffer = Buffer(source or Numbered(), **{"batch_size": 8} | sizes)
+            buffer.load_state_dict(state) if state else next(buffer)
+
+    refuse("need batch_size >= 1, got 0", batch_size=0)
+    refuse("need n_tokens >= batch_size 8, got 7", n_tokens=7)
+    refuse("at least one block", Numbered([]))
+    refuse("all empty", Numbered([0, 0]))
+    state = Buffer(Numbered(), batch_size=8).state_dict()
+    refuse("state with batch_size 4, got one with 8", state=state, batch_size=4)
+    refuse("state with n_tokens 16, got one with 65536", state=state, n_tokens=16)
+    foreign = Numbered(fingerprint="1" * 64)
+    refuse("state of source 1111.*got one of 0000", foreign, state=state)
+    wide = Numbered()
+    wide.site_dims = (2, 2)
+    refuse("need width 4, got 3", wide)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_activations_name_their_block(value):
-    class Broken(Numbered):
-        def block(self, i):
-            block = super().block(i)
-            if i == 3:
-                block.acts[5, 1] = value
-            return block
+    def spoil(i, acts):
+        acts[5:6, 1] = value if i == 3 else 0
+        return acts
 
     with pytest.raises(ValueError, match=r"block 3: .*NaN or infinity at 1 of 7.*row 3 position 5"):
-        served(Buffer(Broken(SIZES), batch_size=103, n_tokens=103), 1)
-    wide = Numbered(SIZES)
-    wide.site_dims = (2, 2)
-    with pytest.raises(ValueError, match=r"need width 4, got 3"):
-        next(Buffer(wide, batch_size=8))
+        next(Buffer(Numbered(change=spoil), batch_size=103, n_tokens=103))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_large_activations_are_not_broken(dtype):
-    class Large(Numbered):
-        def block(self, i):
-            block = super().block(i)
-            block.acts.fill_(torch.finfo(dtype).max)
-            return block
-
-    batch = next(Buffer(Large(SIZES, dtype), batch_size=20, n_tokens=20))
-    assert (batch == torch.finfo(dtype).max).all()  # though their sum overflows
-
-
-# ---- moments
+    large = torch.finfo(dtype).max
+    source = Numbered(dtype=dtype, change=lambda i, acts: acts.fill_(large))
+    batch = next(Buffer(source, batch_size=20, n_tokens=20))
+    assert (batch == large).all()  # though their sum overflows
 
 
 def sample(n, d=5, seed=0):
@@ -413,21 +365,18 @@ def check_moments(moments, x):
     torch.testing.assert_close(moments.variance, x.var(dim=0))
 
 
-def test_moments_do_not_depend_on_batches():
+def moments_of(x, sizes):
+    moments = Moments(5)
+    for part in x.split(sizes):
+        moments.update(part)
+    return moments
+
+
+def test_moments_do_not_depend_on_batches_or_merging():
     x = sample(200)
     for sizes in ([200], [1] * 200, [3, 0, 100, 97]):
-        moments = Moments(5)
-        for part in x.split(sizes):
-            moments.update(part)
-        check_moments(moments, x)
-
-
-def test_moments_merge():
-    x = sample(200)
-    parts = []
-    for part in x.split([1, 150, 0, 49]):
-        parts.append(Moments(5))
-        parts[-1].update(part)
+        check_moments(moments_of(x, sizes), x)
+    parts = [moments_of(part, [len(part)]) for part in x.split([1, 150, 0, 49])]
     total = Moments(5)
     for part in reversed(parts):
         total.merge(part)
@@ -437,16 +386,12 @@ def test_moments_merge():
 
 def test_moments_far_from_zero_keep_their_digits():
     x = sample(1000).double() + 1e7
-    moments = Moments(5)
-    for part in x.split(10):
-        moments.update(part)
-    torch.testing.assert_close(moments.covariance, torch.cov(x.T), rtol=1e-8, atol=0)
+    torch.testing.assert_close(moments_of(x, 10).covariance, torch.cov(x.T), rtol=1e-8, atol=0)
 
 
 def test_moments_state():
-    x, moments = sample(100), Moments(5)
-    moments.update(x[:60])
-    resumed = Moments(5)
+    x = sample(100)
+    moments, resumed = moments_of(x[:60], 60), Moments(5)
     resumed.load_state_dict(load(save(moments.state_dict())))
     for one in (moments, resumed):
         one.update(x[60:].bfloat16())
@@ -467,9 +412,6 @@ def test_moments_errors():
     moments.update(torch.ones(1, 5))
     with pytest.raises(ValueError, match="at least two tokens.*got 1"):
         _ = moments.covariance
-
-
-# ---- normalisation
 
 
 def test_mean_norm_of_each_site_becomes_sqrt_d():

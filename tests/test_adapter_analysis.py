@@ -1,6 +1,7 @@
 """What an adapter reads and writes is found where it was planted."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from lib import paths
 from lib.adapters.sae_lora.adapter import SaeLora
 from lib.adapters.sae_lora.config import SaeLoraConfig
 from lib.analysis.attribution import (
@@ -23,16 +23,9 @@ from lib.analysis.attribution import (
     written,
 )
 from lib.analysis.causal import causal_check, random_support, without
-from lib.analysis.labels import (
-    Label,
-    chance,
-    concept_labels,
-    concept_mass,
-    token_text,
-)
+from lib.analysis.labels import Label, chance, concept_labels, concept_mass, token_text
 from lib.dictionaries import Dictionary, SparseActs, recipes
 from lib.latents import LatentRecord
-from lib.models import load_model
 from lib.world import CONCEPTS
 
 D, D_SAE, SITE = 128, 60, "blocks.1.hook_resid_post"
@@ -44,24 +37,13 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return load_model(paths.shipped_dir() / "models" / "tiny-gemma2")
-
-
-# ---- labels
-
-
 def recorded(dense, concepts=None, ids=None, length: int = 10) -> LatentRecord:
-    n = len(dense)
-    acts = SparseActs.of(dense)
-    ids = torch.arange(n) % 50 if ids is None else ids
-    starts = torch.arange(0, n + 1, length)
-    return LatentRecord(
-        acts.indices.int(), acts.values, acts.offsets, acts.n_latents, ids.int(),
-        (torch.arange(n) // length).int(), (torch.arange(n) % length).int(), ids.int(), starts,
-        concepts,
-    )  # fmt: skip
+    n, acts = len(dense), SparseActs.of(dense)
+    rows, positions = torch.arange(n).int() // length, torch.arange(n).int() % length
+    ids = (torch.arange(n) % 50 if ids is None else ids).int()
+    text = (rows, positions, ids, torch.arange(0, n + 1, length))
+    pairs = (acts.indices.int(), acts.values, acts.offsets, acts.n_latents)
+    return LatentRecord(*pairs, ids, *text, concepts)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +78,7 @@ def test_planted_concepts_are_found(record):
     assert labels[ON_NUMBERS].concept == "number" and labels[ON_NUMBERS].f1 == 1
     assert labels[HALF_OF_FRENCH].concept == "language:french"
     assert labels[EVERYWHERE].concept == ""  # its F1 for French is 0.65 by chance alone
-    assert labels[ON_ONE_TOKEN] == dataclasses.replace(
-        labels[ON_ONE_TOKEN], latent=ON_ONE_TOKEN, concept="", tokens=(30,)
-    )
+    assert (labels[ON_ONE_TOKEN].concept, labels[ON_ONE_TOKEN].tokens) == ("", (30,))
     assert concept_labels(record, min_f1=1.0)[HALF_OF_FRENCH].concept == ""
     assert all(label.latent == latent for latent, label in labels.items())
 
@@ -133,17 +113,14 @@ def test_tokens_are_those_with_most_mass(record, dense):
     assert concept_labels(recorded(torch.zeros(4, 3), length=2)) == {}
 
 
-def test_label_texts(tiny):
-    _, tokenizer = tiny
+def test_texts_of_labels_and_tokens(gemma):
+    _, tokenizer = gemma
     plus, minus = tokenizer.convert_tokens_to_ids(["plus", "minus"])
     label = Label(3, "operator", 0.9, (plus, minus))
     assert label.text(tokenizer) == "operator · plus, minus"
     assert label.name(tokenizer) == "operator"
     plain = Label(3, "", 0.1, (minus,))
     assert plain.text(tokenizer) == plain.name(tokenizer) == "minus"
-
-
-def test_tokens_are_readable():
     vocabulary = {" le": 0, "\n\n": 1, " ": 2, "": 3, "a b": 4}
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, "")))
     assert [token_text(words, i) for i in range(5)] == ["le", "↵↵", "␣", "", "a b"]
@@ -157,18 +134,12 @@ def test_mass_on_a_concept(record, dense, table):
         torch.testing.assert_close(found, expected.nan_to_num(0))
         assert chance(record, CONCEPTS[c]) == pytest.approx(float(table[:, c].float().mean()))
     assert found[DEAD] == 0 and concept_mass(record, "number")[ON_NUMBERS] == 1
-
-
-def test_mass_refuses(record):
     with pytest.raises(ValueError, match="need a concept of .*CONCEPTS, got 'numbers'"):
         concept_mass(record, "numbers")
     plain = dataclasses.replace(record, concepts=None)
     for function in (concept_mass, chance):
         with pytest.raises(ValueError, match="need a record with concepts"):
             function(plain, "number")
-
-
-# ---- adapters
 
 
 @pytest.fixture(scope="module")
@@ -183,16 +154,16 @@ def planted(
 ) -> SaeLora:
     """An adapter of these weights, which are normalised; a dict for each rank."""
     adapter = SaeLora(dictionary, SaeLoraConfig(hook_name=SITE, rank=len(reads)))
+    sides = (
+        (adapter.lora_A, adapter.read_mask, reads),
+        (adapter.lora_B.T, adapter.write_mask, writes),
+    )
     with torch.no_grad():
-        for raw, mask, weights in (
-            (adapter.lora_A, adapter.read_mask, reads),
-            (adapter.lora_B.T, adapter.write_mask, writes),
-        ):
+        for raw, mask, weights in sides:
             raw.zero_(), mask.zero_()
             for rank, by_latent in enumerate(weights):
                 for latent, weight in by_latent.items():
-                    raw[rank, latent] = weight
-                    mask[latent] = 1
+                    raw[rank, latent], mask[latent] = weight, 1
         adapter.scale.copy_(torch.tensor(scale))
     return adapter
 
@@ -207,8 +178,7 @@ def test_concentration():
     one = torch.zeros(50, 1)
     one[7] = -2.0
     found = concentration(one)
-    assert (found.participation, found.n_nonzero, found.n_over_1_percent) == (1, 1, 1)
-    assert found.top_10 == 1
+    assert found.participation == found.n_nonzero == found.n_over_1_percent == found.top_10 == 1
     even = concentration(torch.ones(50, 2))
     assert even.participation == pytest.approx(50) and even.top_10 == pytest.approx(0.2)
     assert (even.n_nonzero, even.n_over_1_percent) == (50, 50)
@@ -235,23 +205,19 @@ def test_signs_do_not_depend_on_how_they_are_spread(dictionary, flips):
 
 
 def test_strength_over_ranks(dictionary):
-    two = planted(
-        dictionary, [{1: 1.0}, {1: -0.6, 2: 0.8}], [{4: 1.0}, {4: -0.8, 6: 0.6}], [1.0, -10.0]
-    )
+    writes = [{4: 1.0}, {4: -0.8, 6: 0.6}]
+    two = planted(dictionary, [{1: 1.0}, {1: -0.6, 2: 0.8}], writes, [1.0, -10.0])
     assert read(two)[[1, 2]].tolist() == pytest.approx([-7, 8])
     assert written(two)[[4, 6]].tolist() == pytest.approx([9, -6])
 
 
 def test_pathways_say_what_the_adapter_does(dictionary, adapter):
     acts = random(20, D_SAE, seed=3)
-    two = planted(
-        dictionary, [{3: -1.0}, {3: 2.0, 8: -1.0}], [{1: 1.0}, {1: 1.0, 2: -3.0}], [2.0, -3.0]
-    )
+    writes = [{1: 1.0}, {1: 1.0, 2: -3.0}]
+    two = planted(dictionary, [{3: -1.0}, {3: 2.0, 8: -1.0}], writes, [2.0, -3.0])
     for one in (adapter, two):
-        expected = sum(
-            path.scale * (acts @ path.read)[:, None] * path.write for path in pathways(one)
-        )
-        torch.testing.assert_close(one.latent_delta(SparseActs.of(acts)), expected)
+        parts = (p.scale * (acts @ p.read)[:, None] * p.write for p in pathways(one))
+        torch.testing.assert_close(one.latent_delta(SparseActs.of(acts)), sum(parts))
 
 
 def test_jaccard():
@@ -260,9 +226,9 @@ def test_jaccard():
     assert (jaccard(empty, empty), jaccard(empty, torch.tensor([1]))) == (1, 0)
 
 
-def test_attribution_is_what_the_models_own_head_says(tiny, adapter):
+def test_attribution_is_what_the_models_own_head_says(gemma, adapter):
     """The decoder rows through the model's own norm and head, with the norm's division undone."""
-    model, tokenizer = tiny
+    model, tokenizer = gemma
     found = logit_attribution(adapter, model)
     assert adapter.write_support.tolist() == [9, 7]
     rows = torch.stack([-adapter.dictionary.W_dec[9], adapter.dictionary.W_dec[7]])
@@ -279,8 +245,8 @@ def test_attribution_is_what_the_models_own_head_says(tiny, adapter):
     assert [value for _, value in best] == pytest.approx(found[0].topk(3).values.tolist())
 
 
-def test_promoted_and_suppressed(tiny):
-    _, tokenizer = tiny
+def test_promoted_and_suppressed(gemma):
+    _, tokenizer = gemma
     plus, minus = tokenizer.convert_tokens_to_ids(["plus", "minus"])
     logits = torch.zeros(len(tokenizer) + 8)
     logits[plus], logits[minus], logits[-1], logits[-2] = 2.0, -3.0, 9.0, -9.0  # the last: padding
@@ -306,29 +272,15 @@ def test_sentence(dictionary, adapter):
     ]
 
 
-# ---- causes
+def test_removal_of_the_only_latent_gives_back_the_model(gemma, dictionary):
+    model, _ = gemma
 
+    def logit(adapter: SaeLora | None = None) -> float:
+        with torch.no_grad(), adapter.attached(model) if adapter else nullcontext():
+            return float(model(input_ids=torch.arange(5, 17)[None]).logits[0, -1, 40])
 
-@pytest.fixture(scope="module")
-def measure(tiny):
-    """A logit of the tiny model under an adapter."""
-    model, _ = tiny
-    ids = torch.arange(5, 17)[None]
-
-    def logit(adapter: SaeLora) -> float:
-        with torch.no_grad(), adapter.attached(model):
-            return float(model(input_ids=ids).logits[0, -1, 40])
-
-    return logit
-
-
-def test_removal_of_the_only_latent_gives_back_the_model(tiny, dictionary, measure):
-    model, _ = tiny
-    with torch.no_grad():
-        base = float(model(input_ids=torch.arange(5, 17)[None]).logits[0, -1, 40])
     one = planted(dictionary, [{3: 1.0}], [{7: 1.0}], [20.0])
-    rows = causal_check(one, measure, n=4)
-    whole = measure(one)
+    rows, base, whole = causal_check(one, logit, n=4), logit(), logit(one)
     assert abs(whole - base) > 0.01
     expected = [(-1, 0, False, whole), (3, 1, True, base), (3, 1, False, base)]
     expected += [(-1, 0, False, whole), (7, 1, True, base), (7, 1, False, base)]
@@ -357,17 +309,13 @@ def test_removal_goes_from_the_strongest_on(adapter):
 
 
 def test_random_support_keeps_weights_and_scale(dictionary):
-    wide = planted(
-        dictionary,
-        [{i: 1.0 + i for i in range(10)}, {2: -3.0}],
-        [{i: 1.0 - i for i in range(20, 28)}, {50: 1.0}],
-        [2.0, -5.0],
-    )
+    reads = [{i: 1.0 + i for i in range(10)}, {2: -3.0}]
+    writes = [{i: 1.0 - i for i in range(20, 28)}, {50: 1.0}]
+    wide = planted(dictionary, reads, writes, [2.0, -5.0])
     before = {name: value.clone() for name, value in wide.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    rate = torch.linspace(0, 1, D_SAE)[torch.randperm(D_SAE, generator=generator)]
     drawn: list[SaeLora] = []
-    rate = torch.linspace(0, 1, D_SAE)[
-        torch.randperm(D_SAE, generator=torch.Generator().manual_seed(0))
-    ]
 
     def keep(adapter: SaeLora) -> float:
         drawn.append(adapter)
@@ -392,8 +340,7 @@ def test_random_support_keeps_weights_and_scale(dictionary):
 
 
 def test_random_support_takes_latents_that_fire_as_often(dictionary):
-    frequent = list(range(0, 30))
-    rate = torch.where(torch.arange(D_SAE) < 30, 0.5, 0.001)
+    frequent, rate = range(30), torch.where(torch.arange(D_SAE) < 30, 0.5, 0.001)
     wide = planted(dictionary, [{0: 1.0, 1: 2.0}], [{40: 1.0}], [1.0])
     drawn = []
 

@@ -39,11 +39,8 @@ def test_histogram():
 
 def test_logit_table():
     row = {"promoted": [("le", 2.0), ("la", 1.5)], "suppressed": [("the", -1.25)]}
-    hostile = {
-        "name": HOSTILE,
-        "promoted": [(HOSTILE[:15], 3.0)],
-        "suppressed": [("é" * 9000, -1.0)],
-    }
+    long = [("é" * 9000, -1.0)]
+    hostile = {"name": HOSTILE, "promoted": [(HOSTILE[:15], 3.0)], "suppressed": long}
     figure = logit_table([{"name": "french", **row}, hostile])
     names, promoted, suppressed = figure.data[0].cells.values
     assert list(names) == ["french", SHOWN]
@@ -60,16 +57,17 @@ def test_logit_table():
 
 def points() -> list[dict]:
     """Three seeds; of proximal each seed ends at another number of latents."""
-    shares = {("topk", 8): [0.7, 0.8, 0.9], ("topk", 2): [0.1, 0.2, 0.3], ("topk", 0): [0.0] * 3}
-    found = [
-        {"method": method, "setting": n, "n_latents": n, "share": share}
-        for (method, n), each in shares.items()
-        for share in each
+    return [
+        {"method": method, "setting": setting, "n_latents": n, "share": share}
+        for method, setting, n, shares in (
+            ("topk", 8, 8, (0.7, 0.8, 0.9)),
+            ("topk", 2, 2, (0.1, 0.2, 0.3)),
+            ("topk", 0, 0, (0.0, 0.0, 0.0)),
+            ("proximal", "0.01", 100, (0.5,)),
+            ("proximal", "0.01", 120, (0.5,)),
+        )
+        for share in shares
     ]
-    found += [
-        {"method": "proximal", "setting": "0.01", "n_latents": n, "share": 0.5} for n in (100, 120)
-    ]
-    return found
 
 
 def test_sparsity_against_behaviour():
@@ -91,9 +89,6 @@ def test_sparsity_against_behaviour():
     axis = figure.layout.xaxis
     assert axis.ticktext[:3] == ("0", "1", "2") and axis.tickvals[:3] == (0.5, 1, 2)
     assert axis.range[0] < math.log10(0.5) and axis.range[1] > math.log10(120)
-
-
-def test_sparsity_against_behaviour_escapes_and_refuses():
     figure = sparsity_behaviour([{**points()[0], "method": HOSTILE}], {HOSTILE: [0.5]})
     assert figure.data[0].name == SHOWN and SHOWN in figure.layout.annotations[0].text
     with pytest.raises(ValueError, match="need at least one row to draw"):
@@ -139,18 +134,18 @@ def test_doses():
 
 
 def rows() -> list[dict]:
-    def row(side, latent, n, alone, value):
-        return {"side": side, "latent": latent, "n_removed": n, "alone": alone, "value": value}
-
     return [
-        row("read", -1, 0, False, 0.9),
-        row("read", 7, 1, True, 0.5),
-        row("read", 7, 1, False, 0.5),
-        row("read", 3, 1, True, 0.8),
-        row("read", 3, 2, False, 0.1),
-        row("write", -1, 0, False, 0.9),
-        row("write", 7, 1, True, 0.2),
-        row("write", 7, 1, False, 0.2),
+        dict(zip(("side", "latent", "n_removed", "alone", "value"), row, strict=True))
+        for row in (
+            ("read", -1, 0, False, 0.9),
+            ("read", 7, 1, True, 0.5),
+            ("read", 7, 1, False, 0.5),
+            ("read", 3, 1, True, 0.8),
+            ("read", 3, 2, False, 0.1),
+            ("write", -1, 0, False, 0.9),
+            ("write", 7, 1, True, 0.2),
+            ("write", 7, 1, False, 0.2),
+        )
     ]
 
 

@@ -1,11 +1,11 @@
 """How much of a behaviour is shown: answers graded by the world, and shares of a loss."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
 
-from lib import paths
 from lib.adapters import Chats, SaeLora, SaeLoraConfig
 from lib.analysis import behaviour as module
 from lib.analysis.attribution import read_mass
@@ -14,7 +14,7 @@ from lib.data.corpus import load_corpus
 from lib.dictionaries import Dictionary, DictionaryConfig
 from lib.dictionaries.rules import ReLU
 from lib.latents import DictionarySource, record_of
-from lib.models import add, load_model
+from lib.models import add
 from lib.models.unembed import unembedding
 
 SITE = "blocks.3.hook_resid_post"
@@ -22,17 +22,12 @@ FRENCH, TOPIC = "respond in French", "mathematics"
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return load_model(paths.shipped_dir() / "models" / "tiny-gemma2", device="cpu")
+def check(gemma):
+    return BehaviourCheck.of_world(*gemma, FRENCH, TOPIC, n_asking=20, n_others=20)
 
 
-@pytest.fixture(scope="module")
-def check(tiny):
-    return BehaviourCheck.of_world(*tiny, FRENCH, TOPIC, n_asking=30, n_others=30)
-
-
-def adapter(W_dec: torch.Tensor, **weights: float) -> SaeLora:
-    """Rank 1; reads latent 0 and writes `latent_j=weight`."""
+def adapter(W_dec: torch.Tensor, weights: dict[int, float]) -> SaeLora:
+    """Rank 1; reads latent 0 and writes these."""
     d_sae, d = W_dec.shape
     shape = {"site_dims": (d,), "d_sae": d_sae, "rule": ReLU(), "hook_names": (SITE,)}
     dictionary = Dictionary(DictionaryConfig(**shape))
@@ -41,28 +36,30 @@ def adapter(W_dec: torch.Tensor, **weights: float) -> SaeLora:
         made = SaeLora(dictionary, SaeLoraConfig(n_read=1, n_write=1))
         made.lora_A.zero_()[:, 0] = 1.0
         made.lora_B.zero_()
-        for name, weight in weights.items():
-            made.lora_B[int(name.removeprefix("latent_"))] = weight
+        for latent, weight in weights.items():
+            made.lora_B[latent] = weight
         made.scale.fill_(1.0)
     return made
 
 
-def test_the_plain_model_shows_nothing_and_changes_nothing(check):
-    shown = check()
+def test_the_plain_model_shows_nothing_and_changes_nothing(check, rewriter):
+    shown, opened = check(), []
     assert (shown.shows, shown.right, shown.same, shown.unchanged) == (0.0, 0.0, 1.0, 1.0)
-    assert check.share() == 0.0
 
+    @contextlib.contextmanager
+    def attached():
+        opened.append("in")
+        yield
+        opened.append("out")
 
-def test_prompts_ask_for_what_the_plain_answer_is_not(check, rewriter):
-    assert len(check.asking) == len(check.others) == 30
+    assert check.share(attached()) == 0.0 and opened == ["in", "out"]
+    assert len(check.asking) == len(check.others) == 20
     assert {rewriter.topic_of(prompt) for prompt in check.asking} == {TOPIC}
     assert TOPIC not in {rewriter.topic_of(prompt) for prompt in check.others}
 
 
 def test_answers_are_graded_by_the_world(check, rewriter, world, monkeypatch):
-    exchanges = {
-        x.prompt: x for x, _ in zip(world.stream("test", seed=1), range(3000), strict=False)
-    }
+    exchanges = {x.prompt: x for x in itertools.islice(world.stream("test", seed=1), 2000)}
 
     def oracle(model, tokenizer, prompts, **_):
         """French on the topic; elsewhere another right answer, or a wrong one to the first."""
@@ -77,34 +74,21 @@ def test_answers_are_graded_by_the_world(check, rewriter, world, monkeypatch):
 
     monkeypatch.setattr(module, "answer", oracle)
     shown = check()
-    wrong = check.others.count(check.others[0]) / 30
+    wrong = check.others.count(check.others[0]) / 20
     assert shown.shows == shown.right == 1.0
     assert shown.unchanged == pytest.approx(1 - wrong, abs=0.11)  # the model itself is not perfect
     assert shown.same <= shown.unchanged <= 1 - wrong
 
 
-def test_answers_are_asked_for_inside_the_context(check):
-    opened = []
-
-    @contextlib.contextmanager
-    def seen():
-        opened.append("in")
-        yield
-        opened.append("out")
-
-    check.share(seen())
-    assert opened == ["in", "out"]
-
-
-def test_too_few_prompts_are_refused(tiny):
+def test_too_few_prompts_are_refused(gemma):
     with pytest.raises(ValueError, match="need 5 prompts of test"):
-        BehaviourCheck.of_world(*tiny, FRENCH, "no such topic", n_asking=5, n_others=0)
+        BehaviourCheck.of_world(*gemma, FRENCH, "no such topic", n_asking=5, n_others=0)
     with pytest.raises(ValueError, match="got 0 and 1"):
-        BehaviourCheck(*tiny, [], ["x"], shows=bool, right=bool, right_plain=bool)
+        BehaviourCheck(*gemma, [], ["x"], shows=bool, right=bool, right_plain=bool)
 
 
-def test_a_loss_is_shared_out_between_plain_and_reference(tiny):
-    model, tokenizer = tiny
+def test_a_loss_is_shared_out_between_plain_and_reference(gemma):
+    model, tokenizer = gemma
     text = "<bos> <|user|> what is 3 plus 4 ? <|assistant|> 3 plus 4 is 7 . <eos>"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     rows = [{"input_ids": ids, "assistant_mask": [0] * (len(ids) - 7) + [1] * 7}] * 4
@@ -121,8 +105,9 @@ def test_a_loss_is_shared_out_between_plain_and_reference(tiny):
             assert here.share() == pytest.approx(1.0, abs=1e-4)  # an edit that someone else opened
 
 
-def test_writes_are_told_apart_by_language(tiny, reader):
-    model, tokenizer = tiny
+def test_writes_are_told_apart_by_language(gemma, reader, monkeypatch):
+    model, tokenizer = gemma
+    monkeypatch.setattr(module, "Reader", lambda world: reader)  # a new one learns for seconds
     columns = {"fr": [], "en": []}
     for token, index in tokenizer.get_vocab().items():
         languages = reader.languages(token)
@@ -130,22 +115,17 @@ def test_writes_are_told_apart_by_language(tiny, reader):
             columns[next(iter(languages))].append(index)
     rows = unembedding(model)
     french = rows[columns["fr"]].mean(0) - rows[columns["en"]].mean(0)
-    W_dec = torch.stack([torch.zeros_like(french), french, -french, french])
-    right = adapter(W_dec, latent_1=2.0, latent_2=-1.0)
-    assert towards_french(right, model, tokenizer) == (1.0, 1.0)
-    wrong = adapter(W_dec, latent_1=-2.0, latent_2=1.0)
-    assert towards_french(wrong, model, tokenizer) == (0.0, 0.0)
-    mixed = adapter(W_dec, latent_1=2.0, latent_2=1.0)
-    assert towards_french(mixed, model, tokenizer) == (pytest.approx(0.8), 1.0)
+    W_dec = torch.stack([torch.zeros_like(french), french, -french, french, -french])
+    mixed = adapter(W_dec, {1: 2.0, 2: 1.0, 3: -1.0, 4: -3.0})
+    assert towards_french(mixed, model, tokenizer) == pytest.approx((0.8, 0.9))
+    assert towards_french(adapter(W_dec, {2: 2.0}), model, tokenizer) == (0.0, 1.0)
 
 
-def test_read_mass_is_a_mean_over_what_is_read(tiny):
-    model, tokenizer = tiny
-    folder = paths.shipped_dir() / "saes" / "tiny-gemma2-layer0" / "matryoshka"
-    dictionary = Dictionary.load(folder)
-    corpus = load_corpus("world", tokenizer, n_tokens=3000, seq_len=64)
-    record = record_of(DictionarySource(model, dictionary), corpus)
-    made = SaeLora(dictionary, SaeLoraConfig())
+def test_read_mass_is_a_mean_over_what_is_read(gemma, shipped_sae):
+    model, tokenizer = gemma
+    corpus = load_corpus("world", tokenizer, n_tokens=1000, seq_len=64)
+    record = record_of(DictionarySource(model, shipped_sae), corpus)
+    made = SaeLora(shipped_sae, SaeLoraConfig())
     busy = record.firing_rate().argsort(descending=True)[:2].tolist()
     with torch.no_grad():
         made.lora_A.zero_()[0, busy] = torch.tensor([3.0, -1.0])

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -13,16 +13,15 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from lib import paths
-from lib.data.corpus import Corpus, load_split
-from lib.dictionaries import SparseActs, load_dictionaries
-from lib.display import FeatureBrowser, colored_tokens, latent_text, readable_tokens
+from lib.data.corpus import Corpus, load_corpus
+from lib.dictionaries import SparseActs
+from lib.display import FeatureBrowser, colored_tokens, readable_tokens
 from lib.display.browser.cards import N_TOP, Cards
+from lib.display.browser.prompt import PromptBox
 from lib.display.tokens import MAX_CHARS
 from lib.latents import DictionarySource, LatentRecord, record_of
 from lib.latents.record import Part, assemble
 from lib.latents.steering import ablate, clamp
-from lib.models import load_model
 from lib.models.generate import answer
 from lib.models.unembed import unembedding
 
@@ -44,12 +43,11 @@ VOID = {"meta", "input"}
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny(gemma, shipped_sae):
     """The shipped model and dictionary, and the record of some rows of the world."""
-    model, tokenizer = load_model(paths.shipped_dir() / "models" / "tiny-gemma2", device="cpu")
-    dictionary = load_dictionaries(paths.shipped_dir() / "saes" / "tiny-gemma2")["topk"]
-    source = DictionarySource(model, dictionary)
-    corpus = load_split("world", tokenizer, n_tokens=640, n_eval=4_000, seq_len=64)[1]
+    model, tokenizer = gemma
+    source = DictionarySource(model, shipped_sae)
+    corpus = load_corpus("world", tokenizer, n_tokens=4_000, seq_len=64, split="test")
     return SimpleNamespace(tokenizer=tokenizer, source=source, record=record_of(source, corpus))
 
 
@@ -93,11 +91,7 @@ def signed() -> LatentRecord:
 class Element:
     tag: str
     attributes: dict[str, str]
-    data: list[str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        return "".join(self.data)
+    text: str = ""
 
 
 class Page(HTMLParser):
@@ -122,16 +116,24 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         for element in self.open:
-            element.data.append(data)
+            element.text += data
 
-    def of(self, tag: str, name: str = "") -> list[Element]:
+    def of(self, tag: str, name: str | None = None) -> list[Element]:
         found = [e for e in self.elements if e.tag == tag]
-        return [e for e in found if not name or e.attributes.get("class") == name]
+        return [e for e in found if name in (None, e.attributes.get("class"))]
+
+    def texts(self, tag: str, name: str | None = None) -> list[str]:
+        return [element.text for element in self.of(tag, name)]
 
 
-def table(card: str) -> dict[str, str]:
-    rows = [e.text for e in Page(card).of("th")], [e.text for e in Page(card).of("td")]
-    return dict(zip(*(rows[0], rows[1][: len(rows[0])]), strict=True))
+def everything(widget) -> list:
+    return [widget, *(x for child in getattr(widget, "children", ()) for x in everything(child))]
+
+
+def part(browser: FeatureBrowser, name: str):
+    """The widget of this class."""
+    (found,) = (x for x in everything(browser.widget) if f"fb-{name}" in x._dom_classes)
+    return found
 
 
 def test_the_card_shows_the_records_numbers(tiny, browser):
@@ -140,19 +142,16 @@ def test_the_card_shows_the_records_numbers(tiny, browser):
     browser.select(latent)
     tokens, values = record.active(latent)
     assert browser.cards.statistics(latent).rate == len(tokens) / len(record)
-    assert table(browser._card.value) == {
+    page = Page(part(browser, "card").value)
+    assert dict(zip(page.texts("th"), page.texts("td"), strict=False)) == {
         "fires on": f"{100 * len(tokens) / len(record):.3g} % of tokens",
         "tokens": f"{len(tokens):,} of {len(record):,}",
         "typical value": f"{values.abs().mean():.3g}",
         "largest value": f"{values.max():.3g}",
     }
-    drawn = [int(t.text.split(": ")[1].split()[0].replace(",", "")) for t in titles(browser)]
+    drawn = [int(text.split(": ")[1].split()[0].replace(",", "")) for text in page.texts("title")]
     counts = [count for count in record.histogram(latent, 40)[0].tolist() if count]
     assert drawn == counts and sum(drawn) == len(tokens)
-
-
-def titles(browser: FeatureBrowser) -> list[Element]:
-    return Page(browser._card.value).of("title")
 
 
 def test_output_tokens_and_nearest_latents(tiny, browser):
@@ -169,7 +168,7 @@ def test_output_tokens_and_nearest_latents(tiny, browser):
     assert browser.search("~3")[:8] == best.tolist()
     assert [c for _, c in browser.cards.nearest(3)] == pytest.approx(cosines[best].tolist())
     browser.select(3)
-    shown = [e.text for e in Page(browser._card.value).of("bdi")]
+    shown = Page(part(browser, "card").value).texts("bdi")
     assert shown[1:17] == [text for text, _ in promoted + suppressed]
     assert shown[17].split()[0] == str(int(best[0]))
 
@@ -177,24 +176,22 @@ def test_output_tokens_and_nearest_latents(tiny, browser):
 def test_examples_show_the_token_that_fires(tiny, browser):
     record, latent = tiny.record, int(tiny.record.firing_rate().argmax())
     page = Page(browser.cards.examples(latent))
-    marked, numbers = page.of("bdi", "fb-at"), page.of("span", "fb-number")
+    marked, numbers = page.of("bdi", "fb-at"), page.texts("span", "fb-number")
     quarters = torch.cat(record.quantile_examples(latent, 4, 3))
     tokens = [*record.top_examples(latent, N_TOP).tolist(), *quarters.tolist()]
     values = dict(zip(*(x.tolist() for x in record.active(latent)), strict=True))
     words = tiny.tokenizer.convert_ids_to_tokens(record.ids[tokens].tolist())
     assert [e.text for e in marked] == words
-    assert [e.text for e in numbers] == [f"{values[token]:.3g}" for token in tokens]
-    assert [e.attributes["title"] for e in marked] == [e.text for e in numbers]
-    text = page.of("span", "fb-text")[0].text
-    row = tiny.tokenizer.convert_ids_to_tokens(
-        record.row_text(int(record.rows[tokens[0]])).tolist()
-    )
-    assert text in " ".join(row)
+    assert numbers == [e.attributes["title"] for e in marked]
+    assert numbers == [f"{values[token]:.3g}" for token in tokens]
+    row = record.row_text(int(record.rows[tokens[0]])).tolist()
+    text = page.texts("span", "fb-text")[0]
+    assert text in " ".join(tiny.tokenizer.convert_ids_to_tokens(row))
 
 
 def test_negative_and_dead_latents(signed):
     browser = FeatureBrowser(signed, words(*HOSTILE))
-    headings = {j: [e.text for e in Page(browser.cards.examples(j)).of("h4")] for j in range(6)}
+    headings = [Page(browser.cards.examples(j)).texts("h4") for j in range(6)]
     assert headings[0][0] == "Largest values" and "Most negative values" not in headings[0]
     assert headings[2][0] == "Most negative values" and "Largest values" not in headings[2]
     assert headings[5][:2] == ["Largest values", "Most negative values"]
@@ -204,17 +201,8 @@ def test_negative_and_dead_latents(signed):
     assert first.attributes["style"] == "background:rgba(31,119,180,1.00)"
     assert signed.ids[tokens[values.argmin()]] == HOSTILE.index(first.text)
     browser.select(4)
-    assert "Dead: it fires on none of the record's 40 tokens" in browser._card.value
-    assert "never fires" in browser._examples.value and not headings[4]
-
-
-def test_lowest_examples_are_the_smallest_of_each_row(signed):
-    tokens, values = signed.active(5)
-    best = {}
-    ascending = values.argsort()
-    for token in tokens[ascending].tolist():
-        best.setdefault(int(signed.rows[token]), token)
-    assert signed.top_examples(5, 3, lowest=True).tolist() == list(best.values())[:3]
+    assert "Dead: it fires on none of the record's 40 tokens" in part(browser, "card").value
+    assert "never fires" in part(browser, "examples").value and not headings[4]
 
 
 def test_top_examples_of_few_rows_and_many_ties():
@@ -228,101 +216,83 @@ def test_top_examples_of_few_rows_and_many_ties():
     assert record.quantile_examples(0, 2, 2)[1].tolist() == [999, 1500]  # of 999, 1000, 1500
 
 
-def test_row_values_where_rows_are_out_of_order():
-    dense = torch.randint(3, (6, 10, 4), generator=torch.Generator().manual_seed(0)).float()
-    ids = torch.arange(60).view(6, 10)
-    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.7
-    rows, positions = mask.nonzero(as_tuple=True)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(2))
-    rows, positions = rows[order], positions[order]
-    whole = torch.ones_like(mask)
-    part = Part(SparseActs.of(dense[rows, positions]), ids[rows, positions].int(), rows, positions)
-    record = assemble([part], Corpus(ids.int(), whole, ~whole, None, "made up"))
-    for latent in range(4):
-        for row in range(6):
-            expected = dense[row, :, latent] * mask[row]
-            assert torch.equal(record.row_values(latent, row), expected)
-
-
-def test_search(browser):
+def test_search(tiny, browser):
     assert set(browser.search("FRUIT")) == {3, 7} and browser.search("fruit red") == [3]
-    assert browser.search("7") == [7] and browser.search("fruit plum") == []
-    assert browser.search("1024") == []
-    assert browser.search(" ") == browser._orders["frequency"]
-    browser._order.value = "label"
+    assert browser.search("7") == [7]
+    assert browser.search("fruit plum") == browser.search("1024") == []
+    frequency = tiny.record.firing_rate().argsort(descending=True, stable=True).tolist()
+    assert browser.search(" ") == frequency
+    part(browser, "order").value = "label"
     assert browser.search("fruit") == [7, 3] and browser.search("")[:3] == [7, 3, 0]
-    browser._order.value = "frequency"
-    for text in ("~", "~x"):
-        with pytest.raises(ValueError, match="need a latent's number after ~"):
+    part(browser, "order").value = "frequency"
+    for text, message in (
+        ("~", "need a latent's number after ~"),
+        ("~x", "need a latent's number after ~"),
+        ("~1024", r"need latents in 0 to 1023, got \[1024\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
             browser.search(text)
-    with pytest.raises(ValueError, match=r"need latents in 0 to 1023, got \[1024\]"):
-        browser.search("~1024")
 
 
 def test_widgets_pick_a_latent(browser):
+    names = "index search results similar order prev next card examples message "
+    names += "prompt slider mode run answer"
+    parts = SimpleNamespace(**{name: part(browser, name) for name in names.split()})
+
+    def listed() -> list[int]:
+        return [latent for _, latent in parts.results.options]
+
     browser.select(12)
-    browser._search.value = "green"
-    assert [j for _, j in browser._results.options] == [7] and browser.latent == 12
-    assert browser._results.value is None
-    browser._results.value = 7
-    assert browser.latent == 7 and browser._index.value == 7 and "green" in browser._card.value
-    browser._similar.click()
-    similar = browser.search("~7")
-    assert [j for _, j in browser._results.options] == similar and browser._search.value == "~7"
-    assert browser._results.index is None and browser.latent == 7
-    browser._search.value = "~"
-    assert not browser._results.options and "need a latent" in browser._message.value
-    browser._search.value = ""
-    assert len(browser._results.options) == 200 and "of 1,024" in browser._message.value
-    browser._index.value = 9
-    assert browser.latent == 9 and "Latent 9" in browser._card.value
-    classes = {kind for part in everything(browser.widget) for kind in part._dom_classes}
-    names = "index search results similar order prev next card examples".split()
-    names += "prompt slider mode run answer".split()
-    assert {f"fb-{name}" for name in names} <= classes
+    parts.search.value = "green"
+    assert listed() == [7] and browser.latent == 12 and parts.results.value is None
+    parts.results.value = 7
+    assert browser.latent == parts.index.value == 7 and "green" in parts.card.value
+    parts.similar.click()
+    assert listed() == browser.search("~7") and parts.search.value == "~7"
+    assert parts.results.index is None and browser.latent == 7
+    parts.search.value = "~"
+    assert not listed() and "need a latent" in parts.message.value
+    parts.search.value = ""
+    assert len(listed()) == 200 and "of 1,024" in parts.message.value
+    parts.index.value = 9
+    assert browser.latent == 9 and "Latent 9" in parts.card.value
     assert "application/vnd.jupyter.widget-view+json" in browser._repr_mimebundle_()
-
-
-def everything(widget) -> list:
-    return [widget, *(x for child in getattr(widget, "children", ()) for x in everything(child))]
 
 
 def test_walking_along_an_order(signed):
     score = torch.tensor([0.1, 0.5, float("nan"), 0.9, 0.5, 0.2])
     browser = FeatureBrowser(signed, words(*HOSTILE), orders={"F1": score})
-    rates = signed.firing_rate()
-    assert browser.latent == int(rates.argmax()) and browser._previous.disabled
-    ranked = browser.search("")
+    rates, ranked = signed.firing_rate(), browser.search("")
+    names = ("prev", "next", "order", "place")
+    back, forth, order, place = (part(browser, name) for name in names)
+    assert browser.latent == int(rates.argmax()) and back.disabled
     assert rates[ranked].diff().max() <= 0 and ranked[-1] == 4
-    browser._order.value = "F1"
+    order.value = "F1"
     browser.select(3)
     walked = [browser.latent]
-    while not browser._next.disabled:
-        browser._next.click()
+    while not forth.disabled:
+        forth.click()
         walked.append(browser.latent)
-    assert walked == [3, 1, 4, 5, 0, 2] and "rank 6 of 6" in browser._place.value
-    browser._previous.click()
-    assert browser.latent == 0 and not browser._next.disabled
+    assert walked == [3, 1, 4, 5, 0, 2] and "rank 6 of 6" in place.value
+    back.click()
+    assert browser.latent == 0 and not forth.disabled
 
 
 @pytest.fixture(scope="module")
-def prompt_box(browser):
-    browser.select(int(browser.cards.typical.argmax()))
-    box = browser._prompt
-    box.prompt.value = "what is the color of snow ?"
-    return box
+def box(tiny, browser) -> PromptBox:
+    return PromptBox(tiny.source, tiny.tokenizer, browser.cards.typical)
 
 
-def test_factor_one_is_the_unchanged_answer_and_zero_is_ablation(tiny, browser, prompt_box):
-    box, (model, tokenizer) = prompt_box, (tiny.source.model, tiny.tokenizer)
-    prompt, changed = box.prompt.value, 0
+def test_factor_one_is_the_unchanged_answer_and_zero_is_ablation(tiny, box):
+    (model, tokenizer), changed = (tiny.source.model, tiny.tokenizer), 0
+    prompt = "what is the color of snow ?"
     plain = answer(model, tokenizer, [prompt])[0]
     ids = tokenizer(f"<bos> <|user|> {prompt}", return_tensors="pt", add_special_tokens=False)
     ids = ids["input_ids"]
     acts = tiny.source.latents(ids, torch.ones_like(ids, dtype=torch.bool))
-    for latent in acts.values.argsort(descending=True)[:12:2].tolist():
-        latent = int(acts.indices[latent])
-        browser.select(latent)
+    for i in acts.values.argsort(descending=True)[:12:2].tolist():
+        latent = int(acts.indices[i])
+        box.select(latent)
         box.factor.value = 1.0
         assert box.answers(prompt) == (plain, plain)
         box.factor.value = 0.0
@@ -333,33 +303,34 @@ def test_factor_one_is_the_unchanged_answer_and_zero_is_ablation(tiny, browser, 
     assert plain and changed
 
 
-def test_adding_clamps_to_the_typical_value(tiny, browser, prompt_box):
-    latent = int(browser.cards.typical.argmax())
-    browser.select(latent)
-    values = tiny.record.active(latent)[1]
-    prompt_box.mode.value, prompt_box.factor.value = "add", 3.0
-    torch.testing.assert_close(
-        prompt_box.edit()(torch.zeros(2)), clamp(3 * float(values.abs().mean()))(torch.zeros(2))
-    )
-    prompt_box.mode.value = "scale"
-    assert prompt_box.edit()(torch.tensor([0.0, 2.0])).tolist() == [0.0, 6.0]
+def test_adding_clamps_to_the_typical_value(tiny, browser, box):
+    latent, x = int(browser.cards.typical.argmax()), torch.tensor([0.0, 2.0])
+    box.select(latent)
+    typical = float(tiny.record.active(latent)[1].abs().mean())
+    box.mode.value, box.factor.value = "add", 3.0
+    torch.testing.assert_close(box.edit()(x), clamp(3 * typical)(x))
+    box.mode.value = "scale"
+    assert box.edit()(x).tolist() == [0.0, 6.0]
 
 
-def test_the_slider_runs_the_model(browser, prompt_box):
+def test_the_slider_runs_the_model(tiny, browser):
+    names = ("prompt", "slider", "run", "answer")
+    prompt, slider, run, shown = (part(browser, name) for name in names)
+    prompt.value = told = "what is the color of snow ?"
     browser.select(5)
-    assert prompt_box.answer.value == ""
-    prompt_box.factor.value = 2.5
-    assert "latent 5 × 2.5" in prompt_box.answer.value and "unchanged" in prompt_box.answer.value
-    prompt_box.factor.value = -1.0
-    assert "latent 5 × -1" in prompt_box.answer.value
-    told, prompt_box.prompt.value = prompt_box.prompt.value, "  "
-    prompt_box.factor.value = 4.0
-    assert "latent 5 × -1" in prompt_box.answer.value
-    prompt_box.prompt.value = told
-    prompt_box.source.model.train()
-    prompt_box.button.click()
-    prompt_box.source.model.eval()
-    assert "fb-error" in prompt_box.answer.value and "eval mode" in prompt_box.answer.value
+    assert shown.value == ""
+    slider.value = 2.5
+    assert "latent 5 × 2.5" in shown.value and "unchanged" in shown.value
+    slider.value = -1.0
+    assert "latent 5 × -1" in shown.value
+    prompt.value = "  "
+    slider.value = 4.0
+    assert "latent 5 × -1" in shown.value
+    prompt.value = told
+    tiny.source.model.train()
+    run.click()
+    tiny.source.model.eval()
+    assert "fb-error" in shown.value and "eval mode" in shown.value
 
 
 class Scripted:
@@ -386,18 +357,15 @@ def test_the_prompt_box_of_any_source(tiny, signed):
     tokenizer = words(*HOSTILE, "what")
     tokenizer.pad_token = HOSTILE[0]
     source = Scripted(tiny.source.model, tokenizer, signed)
-    box = FeatureBrowser(signed, tokenizer, source=source)._prompt
-    box.select(0)
+    box = PromptBox(source, tokenizer, torch.ones(6))
     box.prompt.value = " ".join(HOSTILE[:4])
     box.button.click()
     assert [list(edits) for edits in source.opened] == [[], [0]]
     page = Page(box.answer.value)
     assert {e.tag for e in page.elements} <= ELEMENTS and not page.handlers
-    shown = page.of("bdi")
-    assert [e.text for e in shown] == HOSTILE[:4]
-    assert [e.attributes.get("style") for e in shown] == [None] * 3 + [
-        "background:rgba(31,119,180,1.00)"
-    ]
+    assert page.texts("bdi") == HOSTILE[:4]
+    *others, style = (e.attributes.get("style") for e in page.of("bdi"))
+    assert others == [None] * 3 and style == "background:rgba(31,119,180,1.00)"
     box.select(1)
     box.factor.value = 2.0
     assert "silent on this prompt" in box.answer.value
@@ -411,17 +379,16 @@ def test_hostile_text_only_shows(signed, tmp_path):
     path = browser.to_html(tmp_path / "page.html")
     whole = path.read_text("utf-8")
     browser.select(3)
-    for html in (whole, browser._card.value, browser._examples.value):
+    for html in (whole, part(browser, "card").value, part(browser, "examples").value):
         page = Page(html)
         assert {e.tag for e in page.elements} <= ELEMENTS and not page.handlers
         assert all(e.tag not in ("script", "style") or html is whole for e in page.elements)
     page = Page(whole)
-    shown = {e.text for e in page.of("bdi")}
-    assert {token for token in HOSTILE if len(token) < MAX_CHARS} <= shown
+    assert {x for x in HOSTILE if len(x) < MAX_CHARS} <= set(page.texts("bdi"))
     assert "x" * MAX_CHARS + "…" in shown and "x" * (MAX_CHARS + 1) not in whole
-    assert len(page.of("script")) == 1 and "pwned" not in page.of("script")[0].text
-    assert page.of("title")[0].text == HOSTILE[1]
-    named = {j: text for text, j in browser._results.options}
+    (script,) = page.texts("script")
+    assert "pwned" not in script and page.texts("title")[0] == HOSTILE[1]
+    named = {j: text for text, j in part(browser, "results").options}
     assert named[4] == f"4 · \u2068{HOSTILE[4]}\u2069"
 
 
@@ -431,7 +398,7 @@ def test_the_page_stands_alone(tiny, browser, tmp_path):
     assert not re.search(r"https?:|//\w|src=|url\(|@import|fetch|import\(", html)
     page = Page(html)
     assert [e.attributes["id"] for e in page.of("section")] == ["latent-7", "latent-3"]
-    assert page.of("section")[0].text.startswith("Latent 7 fruit, green")
+    assert page.texts("section")[0].startswith("Latent 7 fruit, green")
     assert browser.cards.card(3) in html and browser.cards.examples(3) in html
     default = Page(browser.to_html(tmp_path / "page.html").read_text("utf-8"))
     listed = [int(e.attributes["data-latent"]) for e in default.of("li")]
@@ -443,31 +410,28 @@ def test_the_page_stands_alone(tiny, browser, tmp_path):
 
 def test_without_a_source(signed, tmp_path):
     browser = FeatureBrowser(signed, words(*HOSTILE))
-    assert browser._similar.disabled and browser._prompt is None
-    assert "Promotes" not in browser._card.value
+    assert part(browser, "similar").disabled
+    assert not any("fb-prompt" in x._dom_classes for x in everything(browser.widget))
+    assert "Promotes" not in part(browser, "card").value
     with pytest.raises(ValueError, match="need a source to find similar latents"):
         browser.search("~1")
+    with pytest.raises(ValueError, match=r"need latents in 0 to 5, got \[6\]"):
+        browser.select(6)
     assert len(Page(browser.to_html(tmp_path / "a.html").read_text("utf-8")).of("section")) == 6
 
 
 def test_bad_input(tiny, signed):
-    few = words(*HOSTILE[:5])
-    for given, message in (
-        ({"source": tiny.source}, "need a source of 6 latents, as the record, got 1024"),
-        ({"labels": {6: "a"}}, r"need labels of latents in 0 to 5, got \[6\]"),
-        ({"labels": {-1: "a"}}, r"got \[-1\]"),
-        ({"orders": {"F1": torch.zeros(7)}}, "need 6 scores in the order 'F1', got 7"),
-        ({"orders": {"label": torch.zeros(6)}}, "need other names of orders .* got 'label'"),
-        (
-            {"tokenizer": few},
-            "need a tokenizer that knows .* token id 7, got one up to 4",
-        ),
+    few, all_of = words(*HOSTILE[:5]), words(*HOSTILE)
+    for tokenizer, given, message in (
+        (all_of, {"source": tiny.source}, "a source of 6 latents, as the record, got 1024"),
+        (all_of, {"labels": {6: "a"}}, r"need labels of latents in 0 to 5, got \[6\]"),
+        (all_of, {"labels": {-1: "a"}}, r"got \[-1\]"),
+        (all_of, {"orders": {"F1": torch.zeros(7)}}, "need 6 scores in the order 'F1', got 7"),
+        (all_of, {"orders": {"label": torch.zeros(6)}}, "other names of orders .* got 'label'"),
+        (few, {}, "need a tokenizer that knows .* token id 7, got one up to 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            FeatureBrowser(signed, given.pop("tokenizer", words(*HOSTILE)), **given)
-    browser = FeatureBrowser(signed, words(*HOSTILE))
-    with pytest.raises(ValueError, match=r"need latents in 0 to 5, got \[6\]"):
-        browser.select(6)
+            FeatureBrowser(signed, tokenizer, **given)
 
 
 def test_a_latent_that_writes_nothing(tiny, signed):
@@ -496,7 +460,7 @@ def test_colored_tokens_offline_and_escaped():
     html = colored_tokens([*HOSTILE, " a"], values)
     page = Page(html)
     assert [e.tag for e in page.elements] == ["style", "div", "script"]
-    call = page.of("script")[0].text.rsplit("CircuitsVis.render(", 1)[1]
+    call = page.texts("script")[0].rsplit("CircuitsVis.render(", 1)[1]
     name, component, data = call.rstrip(")").split(", ", 2)
     assert name == f"'{page.of('div')[0].attributes['id']}'" and "ColoredTokens" in component
     assert "<" not in data
@@ -512,8 +476,3 @@ def test_colored_tokens_offline_and_escaped():
     assert colored_tokens(["a"], [1.0]) != colored_tokens(["a"], [1.0])  # each in its own place
     with pytest.raises(ValueError, match="need a value for each of 2 tokens, got 1"):
         colored_tokens(["a", "b"], [1.0])
-
-
-def test_latent_text_shades_negative_values_blue():
-    html = latent_text([[("a", -4.0), ("b", 2.0)]])
-    assert "rgba(31,119,180,1.00)" in html and "rgba(255,127,14,0.50)" in html

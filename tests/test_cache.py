@@ -1,50 +1,46 @@
 """Activations on disk: read back, refused when damaged, and written whole despite kills."""
 
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import sys
 import threading
-import time
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
+from lib import runtime
+from lib.activations import cache as writer
 from lib.activations.buffer import Buffer
 from lib.activations.cache import ActivationCache, cached, write_cache
-from lib.activations.source import Block, Source
+from lib.activations.source import Source
+from tests.test_activations import SIZES, Numbered
 
-SIZES = (13, 0, 40, 7, 1, 0, 29, 10, 3, 0)
+NAMES = ("acts", "ids", "rows", "positions")
 ABOUT = {"models": ["tiny"], "data": "numbers"}
 
 
-class Numbered:
-    """Block `i` holds `sizes[i]` tokens; column 0 numbers all tokens of the source."""
-
-    hook_names, site_dims = ("blocks.0.hook_resid_post",) * 2, (2, 1)
-
-    def __init__(self, sizes=SIZES, dtype=torch.float32, fingerprint="0" * 64, pause=0.0):
-        self.sizes, self.dtype, self.fingerprint = sizes, dtype, fingerprint
-        self.n_blocks, self.pause, self.read = len(sizes), pause, []
-
-    def block(self, i):
-        self.read.append(i)
-        time.sleep(self.pause)
-        n = self.sizes[i]
-        numbers = sum(self.sizes[:i]) + torch.arange(n)
-        acts = torch.stack([numbers, numbers + 0.25, -numbers], dim=1).to(self.dtype)
-        return Block(acts, numbers.int() + 7, torch.full((n,), i), torch.arange(n))
+def numbered(**options):
+    return Numbered((*SIZES, 0), **options)  # an empty block at the end
 
 
 def write(folder, source=None, **changed):
     wishes = {"about": ABOUT, "shard_tokens": 25} | changed
-    return write_cache(source or Numbered(), folder, **wishes)
+    return write_cache(source or numbered(), folder, **wishes)
 
 
 def bytes_of(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def refuse(match, function, *arguments, **keywords):
+    with pytest.raises(ValueError, match=match):
+        function(*arguments, **keywords)
 
 
 @pytest.fixture
@@ -55,17 +51,13 @@ def folder(tmp_path):
 
 def everything(source):
     blocks = [source.block(i) for i in range(source.n_blocks)]
-    names = ("acts", "ids", "rows", "positions")
-    return [torch.cat([getattr(block, name) for block in blocks]) for name in names]
-
-
-# ---- read back
+    return [torch.cat([getattr(block, name) for block in blocks]) for name in NAMES]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block_tokens", [1, 10, 4096])
 def test_blocks_are_what_was_written(tmp_path, dtype, block_tokens):
-    source = Numbered(dtype=dtype)
+    source = numbered(dtype=dtype)
     write(tmp_path / "cache", source)
     cache = ActivationCache(tmp_path / "cache", block_tokens=block_tokens)
     assert isinstance(cache, Source)
@@ -80,34 +72,23 @@ def test_blocks_are_what_was_written(tmp_path, dtype, block_tokens):
 def test_manifest_says_what_is_there(folder):
     manifest = ActivationCache(folder).manifest
     assert (manifest["about"], manifest["dtype"]) == (ABOUT, "float32")
-    assert manifest["source"] == Numbered().fingerprint
+    assert manifest["source"] == numbered().fingerprint
     assert manifest["hook_names"] == list(Numbered.hook_names)
-    sizes = [entry["n_tokens"] for entry in manifest["shards"]]
-    assert sizes == [53, 37, 13]  # whole blocks: 13+0+40, 7+1+0+29, 10+3
-    names = {entry["file"] for entry in manifest["shards"]}
-    assert {file.name for file in folder.iterdir()} == {*names, "manifest.json"}
+    sizes = {entry["file"]: entry["n_tokens"] for entry in manifest["shards"]}
+    assert list(sizes.values()) == [53, 37, 13]  # whole blocks: 13+0+40, 7+1+0+29, 10+3
+    assert set(bytes_of(folder)) == {*sizes, "manifest.json"}
 
 
 def test_gather_across_shards(folder):
     cache = ActivationCache(folder, block_tokens=10)
-    acts, ids, rows, positions = everything(cache)
-    wishes = (
-        torch.randperm(103),
-        torch.tensor([102, 0, 52, 53, 53, 0, 89, 90]),
-        torch.tensor([60]),
-    )
-    for wish in wishes:
+    for wish in (torch.randperm(103), torch.tensor([102, 0, 52, 53, 53, 0, 89, 90, 60])):
         got = cache.gather(wish)
-        assert torch.equal(got.acts, acts[wish])
-        assert torch.equal(got.ids, ids[wish])
-        assert torch.equal(got.rows, rows[wish])
-        assert torch.equal(got.positions, positions[wish])
+        for name, whole in zip(NAMES, everything(cache), strict=True):
+            assert torch.equal(getattr(got, name), whole[wish])
     assert cache.gather(torch.empty(0, dtype=torch.long)).acts.shape == (0, 3)
     for wrong in (103, -1):
-        with pytest.raises(ValueError, match="need indices in 0 to 102"):
-            cache.gather(torch.tensor([5, wrong]))
-    with pytest.raises(ValueError, match=f"need a block in 0 to {cache.n_blocks - 1}"):
-        cache.block(cache.n_blocks)
+        refuse("need indices in 0 to 102", cache.gather, torch.tensor([5, wrong]))
+    refuse(f"need a block in 0 to {cache.n_blocks - 1}", cache.block, cache.n_blocks)
 
 
 def test_a_buffer_serves_a_cache(folder):
@@ -115,26 +96,20 @@ def test_a_buffer_serves_a_cache(folder):
     for _ in range(2):
         assert torch.equal(next(buffer)[:, 0].sort().values, torch.arange(103.0))
     state = buffer.state_dict()
-    with pytest.raises(ValueError, match="need a state of source"):  # other blocks, other order
-        other = ActivationCache(folder, block_tokens=9)
-        Buffer(other, batch_size=103, n_tokens=103).load_state_dict(state)
+    other = ActivationCache(folder, block_tokens=9)  # other blocks, other order
+    buffer = Buffer(other, batch_size=103, n_tokens=103)
+    refuse("need a state of source", buffer.load_state_dict, state)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="reads Linux's /proc")
 def test_shards_are_mapped_not_read(tmp_path):
-    class Wide(Numbered):
-        site_dims = (4096,)
-        hook_names = ("blocks.0.hook_resid_post",)
-
-        def block(self, i):
-            whole = super().block(i)
-            return Block(torch.ones(len(whole.ids), 4096), whole.ids, whole.rows, whole.positions)
-
     def kilobytes():
         with open("/proc/self/smaps_rollup") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("Anonymous"))
 
-    write(tmp_path / "cache", Wide((1000, 1000, 1000)), shard_tokens=1000)  # 16 MB each
+    wide = Numbered((1000, 1000, 1000), change=lambda i, acts: torch.ones(len(acts), 4096))
+    wide.site_dims = (4096, 0)
+    write(tmp_path / "cache", wide, shard_tokens=1000)  # 16 MB each
     cache = ActivationCache(tmp_path / "cache")
     cache.gather(torch.tensor([0]))
     before = kilobytes()
@@ -143,38 +118,37 @@ def test_shards_are_mapped_not_read(tmp_path):
     assert kilobytes() - before < 8_000
 
 
-# ---- resume
-
-
 def test_a_finished_cache_is_left_alone(folder):
-    before, source = bytes_of(folder), Numbered()
+    before, source = bytes_of(folder), numbered()
     write(folder, source)
     assert bytes_of(folder) == before
     assert not source.read
 
 
-class Failing(Numbered):
-    def block(self, i):
-        if i == 7:
-            raise KeyboardInterrupt
-        return super().block(i)
+def interrupted(i, acts):
+    if i == 7:
+        raise KeyboardInterrupt
+    return acts
 
 
 def test_resume_goes_on_at_the_next_shard(tmp_path, folder):
     part = tmp_path / "part"
+    names = ["manifest.json", "shard-00000.safetensors", "shard-00001.safetensors"]
     with pytest.raises(KeyboardInterrupt):
-        write(part, Failing())
-    with pytest.raises(ValueError, match="writing never ended"):
-        ActivationCache(part)
-    assert sorted(bytes_of(part)) == [
-        "manifest.json", "shard-00000.safetensors", "shard-00001.safetensors",
-    ]  # fmt: skip
+        write(part, numbered(change=interrupted))
+    refuse("writing never ended", ActivationCache, part)
+    assert sorted(bytes_of(part)) == names
     for name in (".shard-00002.safetensors.abc", ".manifest.json.abc", ".tmpAbc12"):
         (part / name).write_bytes(b"half")  # as a killed writer leaves it
-    source = Numbered()
+    shutil.copytree(part, tmp_path / "damaged")
+    source = numbered()
     write(part, source)
     assert source.read == [7, 8, 9]
     assert bytes_of(part) == bytes_of(folder)
+    (tmp_path / "damaged" / names[1]).unlink()  # is found before work goes on
+    source = numbered()
+    refuse(f"{names[1]} is missing", write, tmp_path / "damaged", source)
+    assert not source.read
 
 
 def test_a_shard_takes_its_name_only_when_whole(tmp_path, folder, monkeypatch):
@@ -190,43 +164,42 @@ def test_a_shard_takes_its_name_only_when_whole(tmp_path, folder, monkeypatch):
     assert bytes_of(tmp_path / "part") == bytes_of(folder)
 
 
-def test_damage_is_found_before_work_goes_on(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, Failing())
-    (tmp_path / "shard-00000.safetensors").unlink()
-    source = Numbered()
-    refuse("shard-00000.safetensors is missing", write, tmp_path, source)
-    assert not source.read
+MANY = tuple(random.Random(0).choices(range(30), k=100))
 
 
-PAUSE = 0.008  # seconds a block
-MANY = tuple(random.Random(0).choices(range(30), k=200))
-
-
-def write_slowly(folder, begun):
-    """Runs in a child, until it is killed."""
+def write_until_killed(folder, n_lines):
+    """Runs in a child, which kills itself at the writer's line number `n_lines`."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leak
-    begun.set()
-    write(folder, Numbered(MANY, pause=PAUSE), shard_tokens=60)
+    lines = itertools.count(1)
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename not in (writer.__file__, runtime.__file__):
+            return None
+        if event == "line" and next(lines) == n_lines:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    sys.settrace(trace)
+    write(folder, Numbered(MANY), shard_tokens=60)
 
 
-def test_kill_at_random_moments_leaves_nothing_half(tmp_path, forkserver):
-    """Twenty writers go on from each other and are killed; one more finishes the cache."""
+@pytest.mark.slow
+def test_kill_at_any_line_leaves_nothing_half(tmp_path, forkserver):
+    """Writers go on from each other and are killed; one more finishes the cache."""
     write(tmp_path / "whole", Numbered(MANY), shard_tokens=60)
-    part, rng, n_whole = tmp_path / "part", random.Random(1), []
-    for _ in range(20):
-        begun = forkserver.Event()
-        writer = forkserver.Process(target=write_slowly, args=(part, begun))
-        writer.start()
-        assert begun.wait(60)
-        writer.join(rng.uniform(0, 0.12))
-        writer.kill()
-        writer.join()
-        assert writer.exitcode == -signal.SIGKILL
-        n_whole.append(check_part(part, tmp_path / "whole"))
-    assert n_whole == sorted(n_whole)  # each went on where the last was killed
-    assert len(set(n_whole)) > 4
+    part, rng, found = tmp_path / "part", random.Random(1), []
+    for _ in range(15):
+        arguments = (part, rng.randrange(20, 500))
+        child = forkserver.Process(target=write_until_killed, args=arguments)
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        found.append(check_part(part, tmp_path / "whole"))
+    n_listed, n_whole = zip(*found, strict=True)
+    assert n_listed == tuple(sorted(n_listed))  # each went on where the last was killed
+    assert len(set(n_listed)) > 4
+    assert n_listed != n_whole  # some kill came before the manifest listed a shard
     source = Numbered(MANY)
     write(part, source, shard_tokens=60)
     assert len(source.read) < len(MANY)
@@ -234,58 +207,42 @@ def test_kill_at_random_moments_leaves_nothing_half(tmp_path, forkserver):
 
 
 def check_part(part, whole):
-    """Every shard under its name is whole; the manifest lists none that is not there."""
+    """Shards listed and shards found, all of them whole; none is listed that is not there."""
     if not (part / "manifest.json").exists():
-        return 0
+        return 0, 0
     manifest = json.loads((part / "manifest.json").read_text())
     listed = {entry["file"] for entry in manifest["shards"]}
     shards = {file.name: file.read_bytes() for file in part.glob("shard-*")}
     assert listed <= set(shards)
     for name, content in shards.items():
         assert content == (whole / name).read_bytes()
-    return len(listed)
-
-
-# ---- refused
-
-
-def refuse(match, function, *arguments, **keywords):
-    with pytest.raises(ValueError, match=match):
-        function(*arguments, **keywords)
+    return len(listed), len(shards)
 
 
 def test_another_makers_folder_is_refused(folder):
     before = bytes_of(folder)
-    refuse("differing: source", write, folder, Numbered(fingerprint="1" * 64))
+    refuse("differing: source", write, folder, numbered(fingerprint="1" * 64))
     refuse("differing: about", write, folder, about=ABOUT | {"data": "letters"})
     refuse("differing: shard_tokens", write, folder, shard_tokens=26)
-    wide = Numbered()
+    wide = numbered()
     wide.site_dims = (3,)
     refuse("something else made.*differing: site_dims", write, folder, wide)
     assert bytes_of(folder) == before
-
-
-def test_a_folder_with_other_files_is_refused(tmp_path):
-    (tmp_path / "thesis.tex").write_text("…")
-    refuse(r"need an empty folder or a cache.*thesis\.tex", write, tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_damaged_shards_are_named(folder):
     shard = folder / "shard-00001.safetensors"
     original = shard.read_bytes()
     header = 8 + int.from_bytes(original[:8], "little")
-
-    shard.write_bytes(original[:-1])
-    for use in (ActivationCache, write):
-        refuse("shard-00001.*damaged: .* bytes, need", use, folder)
-    shard.write_bytes(b"\xff" * 8 + original[8:])
-    for use in (ActivationCache, write):
-        refuse("shard-00001.*damaged", use, folder)
+    for broken, match in (
+        (original[:-1], "shard-00001.*damaged: .* bytes, need"),
+        (b"\xff" * 8 + original[8:], "shard-00001.*damaged"),
+    ):
+        shard.write_bytes(broken)
+        for use in (ActivationCache, write):
+            refuse(match, use, folder)
     for place in (header + 5, header + 300, len(original) - 1):
-        flipped = bytearray(original)
-        flipped[place] ^= 1
-        shard.write_bytes(flipped)
+        shard.write_bytes(flipped(original, place))
         cache = ActivationCache(folder)
         assert torch.isfinite(cache.block(0).acts).all()  # the first shard is sound
         refuse("shard-00001.safetensors is damaged: its checksum", cache.block, 1)
@@ -298,15 +255,18 @@ def test_damaged_shards_are_named(folder):
     ActivationCache(folder).verify()
 
 
+def flipped(content, place, bit=0):
+    changed = bytearray(content)
+    changed[place] ^= 1 << bit
+    return changed
+
+
 def test_every_flipped_bit_of_a_shard_is_found(folder):
     shard = folder / "shard-00002.safetensors"
     original = shard.read_bytes()
     for place in range(0, len(original), 7):
-        flipped = bytearray(original)
-        flipped[place] ^= 1 << place % 8
-        shard.write_bytes(flipped)
-        with pytest.raises(ValueError, match="shard-00002.safetensors"):
-            ActivationCache(folder).block(2)
+        shard.write_bytes(flipped(original, place, place % 8))
+        refuse("shard-00002.safetensors", lambda: ActivationCache(folder).block(2))
 
 
 def test_foreign_and_empty_shards_are_named(tmp_path, folder):
@@ -319,9 +279,6 @@ def test_foreign_and_empty_shards_are_named(tmp_path, folder):
     (folder / name).write_bytes((folder / "shard-00001.safetensors").read_bytes())
     refuse(name, ActivationCache, folder)  # its own, in the wrong place
     (folder / name).write_bytes(original)
-
-    from safetensors.torch import load, save
-
     tensors = {key: x[:0] for key, x in load(original).items()}
     manifest = json.loads((folder / "manifest.json").read_text())
     empty = save(tensors, {"fingerprint": manifest["fingerprint"]})
@@ -331,9 +288,7 @@ def test_foreign_and_empty_shards_are_named(tmp_path, folder):
     refuse(f"{name} is empty", ActivationCache, folder)
 
 
-def test_damaged_manifests_are_refused(tmp_path, folder):
-    with pytest.raises(FileNotFoundError, match="need a cache with manifest.json"):
-        ActivationCache(tmp_path)
+def test_damaged_manifests_are_refused(folder):
     text = (folder / "manifest.json").read_text()
     for broken, match in (
         (text[:100], "manifest.json is damaged"),
@@ -352,33 +307,29 @@ def test_sources_that_cannot_be_cached(tmp_path):
     refuse("need shard_tokens >= 1", write, tmp_path / "c", shard_tokens=0)
     refuse("need block_tokens >= 1", ActivationCache, tmp_path / "a", block_tokens=0)
     assert not (tmp_path / "c").exists()
-
-    class Broken(Numbered):
-        def block(self, i):
-            block = super().block(i)
-            return Block(block.acts / (i != 6), block.ids, block.rows, block.positions)
-
-    refuse("block 6: need finite", write, tmp_path / "d", Broken())
-    assert sorted(file.name for file in (tmp_path / "d").glob("shard*")) == [
-        "shard-00000.safetensors"
-    ]
+    broken = numbered(change=lambda i, acts: acts / (i != 6))
+    refuse("block 6: need finite", write, tmp_path / "d", broken)
+    assert sorted(bytes_of(tmp_path / "d")) == ["manifest.json", "shard-00000.safetensors"]
 
 
-def test_an_unwritable_folder_is_an_error_before_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    source = Numbered()
-    with pytest.raises(OSError, match="cannot write in .*file"):
-        write(tmp_path / "file" / "cache", source)
-    assert not source.read
+def test_folders_that_hold_no_cache(tmp_path):
+    (tmp_path / "thesis.tex").write_text("…")
+    refuse(r"need an empty folder or a cache.*thesis\.tex", write, tmp_path)
+    source = numbered()
+    with pytest.raises(OSError, match="cannot write in .*thesis"):
+        write(tmp_path / "thesis.tex" / "cache", source)
+    assert not source.read  # an error before work
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(FileNotFoundError, match="need a cache with manifest.json"):
+        ActivationCache(tmp_path)
 
 
 def test_cached_writes_once_and_then_stands_in_for_the_source(tmp_path):
-    source = Numbered()
+    source = numbered()
     first = cached(source, tmp_path / "c", about=ABOUT)
     assert len(first) == sum(SIZES) and source.read
     later = Numbered(fingerprint="another")
     again = cached(later, tmp_path / "c", about={})
     assert not later.read and again.fingerprint == first.fingerprint
     later.hook_names = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
-    with pytest.raises(ValueError, match="need a cache of sites"):
-        cached(later, tmp_path / "c", about={})
+    refuse("need a cache of sites", cached, later, tmp_path / "c", about={})

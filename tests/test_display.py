@@ -23,9 +23,8 @@ from lib.display import (
 
 def test_text_is_escaped_and_coloured():
     hostile = "</script><script>alert(1)</script>"
-    html = concept_text(
-        [[(hostile, {"food"}), ("\"'><b>", {'a"b'}), ("x" * 10_000, set())]], ["food"]
-    )
+    tokens = [(hostile, {"food"}), ("\"'><b>", {'a"b'}), ("x" * 10_000, set())]
+    html = concept_text([tokens], ["food"])
     assert "<script" not in html and "<b>" not in html
     assert 'title="a"b"' not in html and "a&quot;b" in html
     assert html.count("#aec7e8") == 2  # legend and token
@@ -34,18 +33,12 @@ def test_text_is_escaped_and_coloured():
         concept_text([], [str(i) for i in range(11)])
 
 
-def test_frequencies_are_sorted():
+def test_frequencies_and_losses():
     bar = frequencies(["a", "b", "c"], [0.1, 0.5, 0.2], "t").data[0]
-    assert list(bar.x) == ["b", "c", "a"]
-    assert list(bar.y) == [0.5, 0.2, 0.1]
-
-
-def test_losses():
+    assert (list(bar.x), list(bar.y)) == (["b", "c", "a"], [0.5, 0.2, 0.1])
     figure = losses_by_token(["a", "a"], [1.0, 2.0], [0.5, 0.1])
-    assert {bar.name: list(bar.y) for bar in figure.data} == {
-        "exact floor": [0.5, 0.1],
-        "model": [1.0, 2.0],
-    }
+    bars = {bar.name: list(bar.y) for bar in figure.data}
+    assert bars == {"exact floor": [0.5, 0.1], "model": [1.0, 2.0]}
     assert list(figure.layout.xaxis.ticktext) == ["a", "a"]
     figure = losses_by_split({"test": {"model": 0.6, "floor": 0.5}})
     assert [bar.y[0] for bar in figure.data] == [0.5, 0.6]
@@ -58,6 +51,8 @@ def test_latent_text_is_escaped_and_shaded_by_value():
     assert [html.count(f"14,{share})") for share in ("1.00", "0.50", "0.00")] == [1, 1, 2]
     assert len(html) < 2_000
     assert "0.00" in latent_text([[("silent", 0.0)]])
+    negative = latent_text([[("a", -4.0), ("b", 2.0)]])
+    assert "rgba(31,119,180,1.00)" in negative and "rgba(255,127,14,0.50)" in negative
 
 
 def test_frontier_joins_a_recipe_and_keeps_its_colour():
@@ -75,34 +70,29 @@ def test_frontier_joins_a_recipe_and_keeps_its_colour():
 
 
 def test_concept_figures():
-    figure = concept_scores(
-        {"topk": {"best": 0.5, "five": 0.7}, "pca": {"best": 0.3, "five": 0.6}}, 0.87, "t"
-    )
-    assert {bar.name: list(bar.x) for bar in figure.data} == {
-        "best single latent": [0.3, 0.5],
-        "five latents": [0.6, 0.7],
-    }
+    scores = {"topk": {"best": 0.5, "five": 0.7}, "pca": {"best": 0.3, "five": 0.6}}
+    figure = concept_scores(scores, 0.87, "t")
+    bars = {bar.name: list(bar.x) for bar in figure.data}
+    assert bars == {"best single latent": [0.3, 0.5], "five latents": [0.6, 0.7]}
     assert figure.layout.shapes[0].x0 == 0.87
     heat = concept_heatmap({"topk": {"food": 0.2, "animal": 0.9}}, "t").data[0]
     assert [list(row) for row in heat.z] == [[0.2, 0.9]] and list(heat.x) == ["food", "animal"]
 
 
-def training(n: int = 10, kl_from: int = 6) -> list[dict]:
-    """Entries of steps 100, 200, …; r2 rises from 0.1 to 0.95."""
+def training() -> list[dict]:
+    """Entries of steps 100, 200, … 1000; r2 rises from 0.1 to 0.95, and kl comes with the 7th."""
     entries = []
-    for i in range(n):
-        names = ["faithfulness", "drift"] + (["kl"] if i >= kl_from else [])
-        each = {
-            "violations": {"faithfulness": 30.0 - 3.5 * i, "drift": -0.5, "kl": 0.01},
-            "multipliers": {"faithfulness": 0.1 * i, "drift": 0.0, "kl": 0.2},
-            "penalties": {"faithfulness": 0.1 + i, "drift": 0.1, "kl": 1.0},
+    for i in range(10):
+        names = ["faithfulness", "drift"] + (["kl"] if i >= 6 else [])
+        values = {
+            "violations": (30.0 - 3.5 * i, -0.5, 0.01),
+            "multipliers": (0.1 * i, 0.0, 0.2),
+            "penalties": (0.1 + i, 0.1, 1.0),
         }
-        each = {field: {name: values[name] for name in names} for field, values in each.items()}
-        r2 = 0.95 - 0.85 * (1 - i / (n - 1)) ** 4
-        step = 100 * (i + 1)
-        entries.append(
-            {"step": step, "tokens": 256 * step, "l0": 100.0 / (i + 1), "r2": r2, **each}
-        )
+        each = {field: dict(zip(names, row, strict=False)) for field, row in values.items()}
+        r2, step = 0.95 - 0.85 * (1 - i / 9) ** 4, 100 * (i + 1)
+        each |= {"step": step, "tokens": 256 * step, "l0": 100.0 / (i + 1), "r2": r2}
+        entries.append(each)
     return entries
 
 
@@ -121,10 +111,9 @@ def test_constraint_curves():
             if field != "violations":
                 drawn = map(math.log1p, curve.customdata) if axis == "y2" else curve.customdata
                 assert list(curve.y) == pytest.approx(list(drawn))
-    assert len({curves[name, "y"].line.color for name in ("faithfulness", "drift", "kl")}) == 3
-    assert [trace.name for trace in figure.data if trace.showlegend] == [
-        "faithfulness", "drift", "kl"
-    ]  # fmt: skip
+    legend = [trace.name for trace in figure.data if trace.showlegend]
+    assert legend == ["faithfulness", "drift", "kl"]
+    assert len({curves[name, "y"].line.color for name in legend}) == 3
     assert figure.layout.legend.title.text == "above 0: violated"
     assert figure.layout.yaxis3.type == "log"
 
@@ -197,11 +186,8 @@ def test_l0_against_r2():
 
 
 def test_ablation_bars():
-    rows = [
-        {"name": "full", "l0": 13.8, "r2": 0.95},
-        {"name": "no whitening", "l0": 16.0, "r2": 0.949},
-    ]
-    figure = ablation_bars(rows)
+    full = {"name": "full", "l0": 13.8, "r2": 0.95}
+    figure = ablation_bars([full, {"name": "no whitening", "l0": 16.0, "r2": 0.949}])
     (bars,) = figure.data
     assert (list(bars.y), list(bars.x)) == (["full", "no whitening"], [13.8, 16.0])
     assert list(bars.text) == ["l0 13.8, r2 0.950", "l0 16.0, r2 0.949"]

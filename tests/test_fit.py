@@ -1,9 +1,8 @@
-"""The training loop: every recipe learns, resumes bit for bit, survives kill -9."""
+"""The training loop with dictionaries: every recipe learns, resumes bit for bit, refuses bad input."""
 
 import json
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from safetensors.torch import load_file
 from lib.activations.buffer import Buffer
 from lib.dictionaries import Dictionary, FitConfig, fit, recipes
 from lib.dictionaries.trainer import DictionaryTrainer
-from lib.training.checkpoint import load_checkpoint
+from lib.training import Feed, checkpoint
 from tests import fit_worker
-from tests.fit_worker import Planted, config, plans, run, stream
-from tests.kills import killed_and_resumed
+from tests.fit_worker import Planted, config, plans, stream
+from tests.small_fits import same
 
 RECIPES = {
     "standard": recipes.standard(l1=0.3),
@@ -47,12 +46,6 @@ def quick(recipe, n_steps=20, **changes):
 def weights(folder):
     files = {name: load_file(folder / name / "sae_weights.safetensors") for name in plans()}
     return {f"{n}.{k}": v for n, tensors in files.items() for k, v in tensors.items()}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -148,20 +141,20 @@ def test_transcoder_learns_a_linear_map():
 
 def test_resampling_revives_dead_latents():
     dead = plan(recipes.standard_resample(l1=0.3))
-    trainee = DictionaryTrainer(*dead, config(dead_after=100, n_steps=10), torch.device("cpu"))
-    trainee.start(next(stream()))
-    trainee.step(0, next(stream()))
+    trainer = DictionaryTrainer(*dead, config(dead_after=100, n_steps=10))
+    trainer.start(Feed(stream(), torch.device("cpu")))
+    trainer.step(0, next(stream()))
     with torch.no_grad():
-        trainee.dictionary.b_enc[:10] = -100
-    trainee.tokens_since_fired[:10] = 100
-    trainee.step(1, next(stream()))
-    d = trainee.dictionary
+        trainer.dictionary.b_enc[:10] = -100
+    trainer.tokens_since_fired[:10] = 100
+    trainer.step(1, next(stream()))
+    d = trainer.dictionary
     assert (d.b_enc[:10] == 0).all() and (d.b_enc[10:] != 0).all()
-    alive = d.encoder[10:].norm(dim=1).mean()
-    torch.testing.assert_close(d.encoder[:10].norm(dim=1), (0.2 * alive).expand(10))
-    state = trainee.optimizer.adam.state[d.encoder]["exp_avg_sq"]
+    norms = d.W_enc.norm(dim=0)
+    torch.testing.assert_close(norms[:10], (0.2 * norms[10:].mean()).expand(10))
+    state = trainer.state()["optimizer"]["W_enc.exp_avg_sq"]
     assert (state[:10] == 0).all() and (state[10:] != 0).any()
-    assert (trainee.tokens_since_fired[:10] == 0).all()
+    assert (trainer.tokens_since_fired[:10] == 0).all()
 
 
 def test_resume_is_bit_exact_and_complete(tmp_path):
@@ -199,13 +192,13 @@ def test_resume_without_a_state_skips_what_was_served(tmp_path):
     fit(plans(), batches, config(), folder=tmp_path / "whole", progress=False)
     with pytest.raises(ValueError, match="ended at step 30"):
         fit(plans(), batches[:30], config(), folder=tmp_path / "cut", progress=False)
-    with pytest.raises(ValueError, match="ended before step 28"):
+    with pytest.raises(ValueError, match="ended before batch 28"):
         fit(plans(), batches[:9], config(), folder=tmp_path / "cut", resume=True, progress=False)
     fit(plans(), batches, config(), folder=tmp_path / "cut", resume=True, progress=False)
     same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
-def test_resume_takes_plans_in_any_order_and_sweeps_what_kills_left(tmp_path):
+def test_resume_takes_plans_in_any_order_and_removes_what_kills_left(tmp_path):
     whole = fit(plans(), stream(), config(), folder=tmp_path, progress=False)
     (tmp_path / ".checkpoint-40.abc").mkdir()
     (tmp_path / ".gated.xyz").mkdir()
@@ -214,43 +207,23 @@ def test_resume_takes_plans_in_any_order_and_sweeps_what_kills_left(tmp_path):
     for name, result in again.items():
         same(result.dictionary.state_dict(), whole[name].dictionary.state_dict())
     assert not list(tmp_path.glob(".*"))
-    file = tmp_path / f"checkpoint-{fit_worker.N_STEPS}" / "0.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="checkpoint-60 is damaged"):
-        fit(plans(), stream(), config(), folder=tmp_path, resume=True, progress=False)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step():
-    chosen = plan(recipes.topk(k=3))
-    trainee = DictionaryTrainer(*chosen, config(n_steps=10), torch.device("cpu"))
-    trainee.start(next(stream()))
-    trainee.step(0, next(stream()))
-    before = {k: v.clone() for k, v in trainee.state().items()}
-    with pytest.raises(FloatingPointError, match="gradient's norm is"):
-        trainee.step(1, next(stream()) * 1e17)
-    after = trainee.state()
-    for name in before:
-        if name != "seconds":
-            assert torch.equal(before[name], after[name]), name
-
-
-def complete(path: Path) -> None:
-    assert {p.name for p in path.iterdir()} == {
-        "0.safetensors", "1.safetensors", "2.safetensors", "3.safetensors",
-        "state.json", "stream.safetensors",
-    }  # fmt: skip
-    json.loads((path / "state.json").read_text())
-    for file in path.glob("*.safetensors"):
-        load_file(file)
-
-
-def test_kill_nine_at_twenty_moments(tmp_path, forkserver):
-    """The weights after any number of kills are those of an uninterrupted run, bit for bit."""
-    whole, cut = killed_and_resumed(
-        forkserver, run, tmp_path, n_kills=20, finished="gated", complete=complete
+@pytest.mark.parametrize("damage", ["cut", "one bit", "gone", "no JSON"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    chosen, settings = {"it": plan(recipes.topk(k=3))}, config(n_steps=4)
+    fit(chosen, stream(), settings, folder=tmp_path, progress=False)
+    file = tmp_path / "checkpoint-4" / "it" / "optimizer.safetensors"
+    if damage == "no JSON":
+        file = tmp_path / "checkpoint-4" / "metadata.json"
+    content = file.read_bytes()
+    file.write_bytes(
+        content[:-1] + bytes([content[-1] ^ 1]) if damage == "one bit" else content[:9]
     )
-    same(weights(whole), weights(cut))
-    assert not list(cut.glob(".*"))  # nothing half there is left
+    if damage == "gone":
+        file.unlink()
+    with pytest.raises(ValueError, match="checkpoint-4 is damaged"):
+        fit(chosen, stream(), settings, folder=tmp_path, resume=True, progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_batch(tmp_path):
@@ -268,21 +241,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch(tmp_path):
         )
     bad = load_file(tmp_path / "bad_batch.safetensors")["batch"]
     assert bad.shape == (64, 16) and bad.abs().max() > 1e29
-    (step, _) = load_checkpoint(
-        tmp_path,
-        {"topk": DictionaryTrainer(*plan(recipes.topk(k=3)), config(), torch.device("cpu"))},
-        exploding(),
-        json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())["config"],
-    )
-    assert step == 4
+    assert checkpoint.metadata(tmp_path)["step"] == 4
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"settings": {"lr": 1e-3}}, "fit.lr: then 0.003, now 0.001"),
-        ({"settings": {"n_steps": 61}}, "fit.n_steps: then 60, now 61"),
-        ({"d_sae": 64}, "plans.it.dictionary.d_sae: then 32, now 64"),
+        ({"settings": {"lr": 1e-3}}, "it.fit.lr: then 0.003, now 0.001"),
+        ({"settings": {"n_steps": 61}}, "it.fit.n_steps: then 60, now 61"),
+        ({"d_sae": 64}, "it.dictionary.d_sae: then 32, now 64"),
         ({"recipe": recipes.topk(k=4)}, "k: then 3, now 4"),
         ({"buffer": {"batch_size": 32}}, "batch_size"),
     ],

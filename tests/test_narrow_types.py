@@ -1,5 +1,6 @@
 """Products in bfloat16 and moments in 8 bits train as well, and resume bit for bit."""
 
+import copy
 import importlib.util
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from lib.dictionaries import FitConfig, recipes
 from lib.dictionaries.trainer import DictionaryTrainer
-from tests.small_fits import SPARSE, learnt, planted, stopped_and_resumed, trainee, watched
+from tests.small_fits import SPARSE, learnt, planted, same, started, stopped_and_resumed, watched
 
 BNB = importlib.util.find_spec("bitsandbytes")
 
@@ -17,12 +18,11 @@ def test_bfloat16_products_train_as_well(name):
     fvus = {}
     for dtype in ("float32", "bfloat16"):
         it, outs, fvus[dtype] = learnt(SPARSE[name], 120, dtype=dtype)
-        pre = outs[-1].pre_acts
-        assert (pre is None) == ("whole" not in name)
+        pre = outs[-1].codes.pre_acts
+        assert (pre is None) == ("dense" not in name)
         assert pre is None or pre.dtype == getattr(torch, dtype)
-        for key, tensor in it.state().items():
-            wide = key.startswith(("weights.", "optimizer.", "normalizer."))
-            assert not wide or tensor.dtype == torch.float32, key
+        for part in ("model", "optimizer"):
+            assert {tensor.dtype for tensor in it.state()[part].values()} == {torch.float32}
         assert fvus[dtype] < 0.6 * it.metrics(outs[0])["fvu"]
     assert fvus["bfloat16"] == pytest.approx(fvus["float32"], rel=0.1)
     assert fvus["bfloat16"] != fvus["float32"]
@@ -45,7 +45,7 @@ def test_terms_on_products_in_bfloat16_train_as_well(name):
     losses, fvus, l0s = {}, {}, {}
     for dtype in ("float32", "bfloat16"):
         recipe, seen = watched(WIDE[name])
-        it, outs, fvus[dtype] = learnt(recipe, 120, dtype=dtype, d_sae=96, dead_after=96)
+        it, outs, fvus[dtype] = learnt(recipe, 120, dtype=dtype, shape={"d_sae": 96}, dead_after=96)
         losses[dtype] = [step.loss for step in seen]
         l0s[dtype] = it.metrics(outs[-1])["l0"]
         assert {kind for step in seen for kind in step.dtypes} == {torch.float32}
@@ -77,25 +77,25 @@ needs_bnb = pytest.mark.skipif(BNB is None, reason="needs bitsandbytes, of the e
 def test_8bit_moments_train_as_well(name):
     fvus = {}
     for moments in ("float32", "8bit"):
-        it, outs, fvus[moments] = learnt(SPARSE[name], 120, moments=moments, d_sae=256)
+        it, outs, fvus[moments] = learnt(SPARSE[name], 120, moments=moments, shape={"d_sae": 256})
         assert fvus[moments] < 0.6 * it.metrics(outs[0])["fvu"]
     assert fvus["8bit"] == pytest.approx(fvus["float32"], rel=0.05)
     state = it.state()
-    for parameter in ("W_dec", "encoder"):
-        assert state[f"optimizer.{parameter}.state1"].dtype == torch.uint8, parameter
-        assert state[f"optimizer.{parameter}.state2"].dtype == torch.uint8, parameter
-        assert state[f"weights.{parameter}"].dtype == torch.float32
-    assert state["optimizer.b_dec.state1"].dtype == torch.float32
+    for parameter in ("W_dec", "W_enc"):
+        for moment in ("state1", "state2"):
+            assert state["optimizer"][f"{parameter}.{moment}"].dtype == torch.uint8
+        assert state["model"][parameter].dtype == torch.float32
+    assert state["optimizer"]["b_dec.state1"].dtype == torch.float32
 
 
 @needs_bnb
 def test_8bit_moments_go_on_from_their_state():
     batches = planted(10)
-    it, other = (trainee(SPARSE["topk"], moments="8bit", d_sae=256, seed=i) for i in (0, 1))
-    it.start(batches[0])
+    settings = {"moments": "8bit", "shape": {"d_sae": 256}}
+    it, other = (started(SPARSE["topk"], batches[0], **settings, seed=i) for i in (0, 1))
     for i in range(5):
         it.step(i, batches[i])
-    other.load_state({name: tensor.clone() for name, tensor in it.state().items()})
+    other.load_state(copy.deepcopy(it.state()))
     for i in range(5, 10):
         for one in (it, other):
             one.step(i, batches[i])
@@ -112,8 +112,9 @@ def test_8bit_moments_resume_bit_for_bit(tmp_path):
 def test_8bit_moments_of_revived_rows_are_forgotten(d_sae):
     """In float32 (small parameters), and in codes of 8 bits."""
     batches, rows = planted(10), torch.arange(10)
-    it = trainee(recipes.standard_resample(l1=0.3), moments="8bit", d_sae=d_sae, n_steps=10)
-    it.start(batches[0])
+    shape = {"d_sae": d_sae}
+    recipe = recipes.standard_resample(l1=0.3)
+    it = started(recipe, batches[0], shape, moments="8bit", n_steps=10)
     it.step(0, batches[0])
     with torch.no_grad():
         it.dictionary.b_enc[rows] = -100
@@ -122,7 +123,7 @@ def test_8bit_moments_of_revived_rows_are_forgotten(d_sae):
     it.step(1, batches[1])
     assert (it.dictionary.b_enc[rows] == 0).all()
     after = moments(it)
-    for name in ("W_dec", "encoder", "b_enc"):
+    for name in ("W_dec", "W_enc", "b_enc"):
         for moment in (0, 1):
             assert (before[name][moment][rows] != 0).any(), name
             assert (after[name][moment][rows] == 0).all(), name
@@ -132,8 +133,8 @@ def test_8bit_moments_of_revived_rows_are_forgotten(d_sae):
 def moments(it: DictionaryTrainer) -> dict[str, list[torch.Tensor]]:
     """What bitsandbytes' moments stand for, up to the scale of each block."""
     found = {}
-    for name, parameter in it.dictionary.named_parameters():
-        state = it.optimizer.adam.state[parameter]
+    for name, rows in it.optimizer.parameters.items():
+        state = it.optimizer.adam.state[rows]
         pairs = [(state[f"state{i}"], state.get(f"qmap{i}")) for i in (1, 2)]
         found[name] = [s.clone() if table is None else table[s.long()] for s, table in pairs]
     return found

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lib.activations.buffer import Buffer
-from lib.training import distributed as parallel
+from lib.training import distributed
 from tests import parallel_worker
 from tests.fit_worker import Planted, stream
 from tests.parallel_worker import RECIPES, score_sets, screened, trained
@@ -171,9 +171,9 @@ def test_shares_and_shards_are_the_whole(monkeypatch):
         monkeypatch.setenv(name, str(value))
     for rank in range(5):
         monkeypatch.setenv("RANK", str(rank))
-        share = parallel.Share(Planted())
+        share = distributed.Share(Planted())
         blocks += [share.block(i).acts for i in range(share.n_blocks)]
-        rows.append(list(parallel.shard(batch[:60] for batch in whole)))
+        rows.append(list(distributed.shard(batch[:60] for batch in whole)))
     assert len(blocks) == Planted.n_blocks
     expected = {Planted().block(i).acts.sum().item() for i in range(Planted.n_blocks)}
     assert {acts.sum().item() for acts in blocks} == expected

@@ -1,7 +1,6 @@
 """Latents over a corpus: collected in one pass, read by token, by latent and in their text."""
 
 import dataclasses
-import random
 
 import pytest
 import torch
@@ -9,11 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from lib.activations.source import Block
 from lib.data.corpus import Corpus
-from lib.dictionaries import Dictionary, DictionaryConfig, SparseActs, recipes
+from lib.dictionaries import Dictionary, SparseActs, recipes
 from lib.latents import LatentRecord, collect
 
 N_LATENTS, SEQ = 7, 9
 DEAD = 3
+ALIVE = [0, 1, 2, 4, 5, 6]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,15 @@ def dense(blocks) -> torch.Tensor:
     return torch.cat([block.acts for block in blocks])
 
 
+def assert_same(a: LatentRecord, b: LatentRecord) -> None:
+    for field in dataclasses.fields(LatentRecord):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        same = torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+        assert same, field.name
+
+
 def test_collect_keeps_every_latent_and_its_token(record, corpus, blocks, dense):
-    assert torch.equal(record.acts.dense(), dense)
-    assert (record.values != 0).all()
+    assert torch.equal(record.acts.dense(), dense) and (record.values != 0).all()
     assert len(record) == len(dense) == int((corpus.mask & ~corpus.special).sum())
     rows, positions = record.rows.long(), record.positions.long()
     assert torch.equal(record.ids, corpus.ids[rows, positions])
@@ -63,78 +69,73 @@ def test_collect_keeps_every_latent_and_its_token(record, corpus, blocks, dense)
     kinds = {record.indices.dtype, record.ids.dtype, record.rows.dtype, record.positions.dtype}
     assert kinds == {torch.int32}
 
-
-def test_blocks_do_not_matter(record, corpus, blocks):
-    merged = Block(*(torch.cat([getattr(b, f.name) for b in blocks]) for f in fields()))
-    empty = Block(*(getattr(merged, f.name)[:0] for f in fields()))
-    other = collect(SparseActs.of, [empty, merged, empty], corpus)
-    for field in dataclasses.fields(LatentRecord):
-        same_as(getattr(record, field.name), getattr(other, field.name))
-
-
-def fields():
-    return dataclasses.fields(Block)
-
-
-def same_as(a, b):
-    assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    names = [field.name for field in dataclasses.fields(Block)]
+    merged = Block(*(torch.cat([getattr(block, name) for block in blocks]) for name in names))
+    empty = Block(*(getattr(merged, name)[:0] for name in names))
+    assert_same(record, collect(SparseActs.of, [empty, merged, empty], corpus))
 
 
 @pytest.mark.parametrize("recipe", [recipes.topk(k=3), recipes.standard()], ids=["topk", "relu"])
 def test_a_dictionary_is_recorded_as_it_encodes(recipe, corpus, blocks):
     torch.manual_seed(0)
-    dictionary = Dictionary(recipe.dictionary(site_dims=(N_LATENTS,), d_sae=20)).eval()
-    record = collect(dictionary.encode_sparse, blocks, corpus)
+    dictionary = Dictionary(recipe.dictionary(site_dims=(N_LATENTS,), d_sae=200)).eval()
+    record = collect(dictionary.encode_sparse, blocks, dataclasses.replace(corpus, concepts=None))
     with torch.no_grad():
         expected = torch.cat([dictionary.encode(block.acts) for block in blocks])
-    assert record.n_latents == 20
-    torch.testing.assert_close(record.acts.dense(), expected)
+    assert record.n_latents == 200 and record.concepts is None
     assert not record.values.requires_grad
+    torch.testing.assert_close(record.acts.dense(), expected)
+    assert_views_by_latent(record, record.acts.dense())
+
+
+def assert_views_by_latent(record: LatentRecord, dense: torch.Tensor) -> None:
+    torch.testing.assert_close(record.firing_rate(), (dense != 0).float().mean(0))
+    for latent, column in enumerate(dense.T):
+        tokens, values = record.active(latent)
+        assert torch.equal(tokens, column.nonzero()[:, 0])
+        assert torch.equal(values, column[tokens])
 
 
 def test_views_by_latent(record, dense):
-    torch.testing.assert_close(record.firing_rate(), (dense != 0).float().mean(0))
-    for latent in range(N_LATENTS):
-        tokens, values = record.active(latent)
-        assert torch.equal(tokens, dense[:, latent].nonzero()[:, 0])
-        assert torch.equal(values, dense[tokens, latent])
+    assert_views_by_latent(record, dense)
+    for latent in (-1, N_LATENTS):
+        with pytest.raises(ValueError, match=f"need a latent in 0..6, got {latent}"):
+            record.active(latent)
 
 
 def test_top_examples_are_the_largest_of_each_row(record, dense):
-    for latent in (0, 5):
+    for latent in ALIVE:
         best = {}
         for token, value in enumerate(dense[:, latent].tolist()):
             row = int(record.rows[token])
-            if value > best.get(row, (0, 0))[0]:
-                best[row] = (value, token)
+            best[row] = max(value, best.get(row, 0))
+        wanted = sorted((value for value in best.values() if value), reverse=True)
         top = record.top_examples(latent, 4)
-        values = dense[top, latent].tolist()
-        assert values == sorted((value for value, _ in best.values()), reverse=True)[:4]
+        assert dense[top, latent].tolist() == wanted[:4]
         assert len(set(record.rows[top].tolist())) == 4
-    assert len(record.top_examples(0, 1000)) == len(set(record.rows[record.active(0)[0]].tolist()))
+        assert len(record.top_examples(latent, 1000)) == len(wanted)
+        negative = dataclasses.replace(record, values=-record.values)
+        assert torch.equal(negative.top_examples(latent, 4, lowest=True), top)
 
 
 def test_quantile_examples(record, dense):
     values = dense[:, 2][dense[:, 2] != 0].sort(descending=True).values
-    parts = values.tensor_split(3)
     found = record.quantile_examples(2, 3, 3)
-    assert len(found) == 3
-    for tokens, part in zip(found, parts, strict=True):
+    assert len(found[0]) == 3
+    for tokens, part in zip(found, values.tensor_split(3), strict=True):
         assert 0 < len(tokens) <= 3
         assert len(set(record.rows[tokens].tolist())) == len(tokens)
         here = dense[tokens, 2]
         assert here[0] == part[0]
         assert part[-1] <= here.min() and here.max() <= part[0]
         assert (here.diff() <= 0).all()
-    assert len(found[0]) == 3
 
 
 def test_histogram(record, dense):
     counts, edges = record.histogram(1, 5)
     assert counts.sum() == (dense[:, 1] != 0).sum()
     assert edges[0] == 0 and torch.isclose(edges[-1].float(), dense[:, 1].max())
-    last = (dense[:, 1] >= edges[-2]).sum()
-    assert counts[-1] == last
+    assert counts[-1] == (dense[:, 1] >= edges[-2]).sum()
 
 
 def test_dead_latent(record):
@@ -146,13 +147,7 @@ def test_dead_latent(record):
     assert not record.row_values(DEAD, 0).any()
 
 
-@pytest.mark.parametrize("latent", [-1, N_LATENTS])
-def test_no_such_latent(record, latent):
-    with pytest.raises(ValueError, match=f"need a latent in 0..6, got {latent}"):
-        record.active(latent)
-
-
-def test_context_shows_the_whole_text(record, corpus):
+def test_a_token_is_shown_in_its_whole_text(record, corpus, dense):
     for token in range(len(record)):
         row, place = int(record.rows[token]), int(record.positions[token])
         text = corpus.ids[row][corpus.mask[row]]
@@ -162,39 +157,36 @@ def test_context_shows_the_whole_text(record, corpus):
         assert ids[at] == record.ids[token]
     first = int((record.positions == 1).nonzero()[0, 0])
     assert record.context(first, 5, 0).at == 1  # <bos> gave no latents, and is shown
-
-
-def test_row_values_lie_over_the_text(record, corpus, dense):
     for row in range(len(corpus.ids)):
-        expected = torch.zeros(SEQ)
+        expected = torch.zeros(SEQ, N_LATENTS)
         here = (record.rows == row).nonzero()[:, 0]
-        expected[record.positions[here].long()] = dense[here, 4]
-        assert torch.equal(record.row_values(4, row), expected[corpus.mask[row]])
+        expected[record.positions[here].long()] = dense[here]
+        found = [record.row_values(latent, row) for latent in range(N_LATENTS)]
+        assert torch.equal(torch.stack(found, 1), expected[corpus.mask[row]])
 
 
 @pytest.mark.parametrize("concepts", [True, False])
 def test_save_and_load(record, concepts, tmp_path):
     record = record if concepts else dataclasses.replace(record, concepts=None)
     record.save(tmp_path / "record.safetensors")
-    loaded = LatentRecord.load(tmp_path / "record.safetensors")
-    for field in dataclasses.fields(record):
-        same_as(getattr(record, field.name), getattr(loaded, field.name))
+    assert_same(record, LatentRecord.load(tmp_path / "record.safetensors"))
     assert [path.name for path in tmp_path.iterdir()] == ["record.safetensors"]
 
 
 def test_load_refuses_what_is_no_record(record, tmp_path):
     path = tmp_path / "record.safetensors"
+
+    def refuse(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            LatentRecord.load(path)
+
     record.save(path)
-    whole = path.read_bytes()
+    whole, tensors = path.read_bytes(), load_file(path)
     for size in (0, 4, 200, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="record.safetensors is no complete latent record"):
-            LatentRecord.load(path)
-    path.write_bytes(whole)
-    tensors = load_file(path)
+        refuse("record.safetensors is no complete latent record")
     save_file(tensors, path)
-    with pytest.raises(ValueError, match="need a file of kind 'latent record 1', got None"):
-        LatentRecord.load(path)
+    refuse("need a file of kind 'latent record 1', got None")
     about, n = {"kind": "latent record 1", "n_latents": "7"}, len(record)
     assert record.offsets[1] < record.offsets[2]
     for name, broken, message in (
@@ -207,44 +199,21 @@ def test_load_refuses_what_is_no_record(record, tmp_path):
         ("concepts", tensors["concepts"][:-1], "no complete latent record"),
     ):
         save_file(tensors | {name: broken.contiguous()}, path, about)
-        with pytest.raises(ValueError, match=message):
-            LatentRecord.load(path)
+        refuse(message)
     with pytest.raises(FileNotFoundError):
         LatentRecord.load(tmp_path / "no")
 
 
 def test_collect_refuses(corpus, blocks):
-    with pytest.raises(ValueError, match="need at least one token to record, got none"):
-        collect(SparseActs.of, [], corpus)
-    other = dataclasses.replace(corpus, ids=corpus.ids.flip(0))
-    with pytest.raises(ValueError, match="block 0: need tokens of the corpus 'made up'"):
-        collect(SparseActs.of, blocks, other)
-    with pytest.raises(ValueError, match="block 0: need tokens of the corpus 'made up'"):
-        collect(SparseActs.of, blocks, corpus.rows(0, 3))
-    with pytest.raises(ValueError, match="block 0: need 11 tokens of 7 latents.*got 10 of 7"):
-        collect(lambda x: SparseActs.of(x[1:]), blocks, corpus)
     widths = iter([7, 6])
-    with pytest.raises(ValueError, match="block 1: need 11 tokens of 7 latents.*got 11 of 6"):
-        collect(lambda x: SparseActs.of(x[:, : next(widths)]), blocks, corpus)
-
-
-def test_many_latents_by_brute_force():
-    """A larger matrix, so that sorting is exercised: every view agrees with the dense one."""
-    rng = random.Random(0)
-    config = DictionaryConfig(site_dims=(16,), d_sae=200, rule=recipes.topk(k=5).rule)
-    torch.manual_seed(1)
-    dictionary, x = Dictionary(config), torch.randn(500, 16)
-    ids = torch.arange(500, dtype=torch.int32).view(20, 25)
-    mask = torch.ones(20, 25, dtype=torch.bool)
-    corpus = Corpus(ids, mask, ~mask, None, "counting")
-    rows, positions = mask.nonzero(as_tuple=True)
-    record = collect(dictionary.encode_sparse, [Block(x, ids.flatten(), rows, positions)], corpus)
-    dense = record.acts.dense()
-    assert record.concepts is None
-    for latent in rng.sample(range(200), 20):
-        tokens, values = record.active(latent)
-        assert torch.equal(dense[:, latent].nonzero()[:, 0], tokens)
-        assert torch.equal(dense[tokens, latent], values)
-        top = record.top_examples(latent, 1)
-        if len(tokens):
-            assert dense[top[0], latent] == dense[:, latent].max()
+    other = dataclasses.replace(corpus, ids=corpus.ids.flip(0))
+    of = SparseActs.of
+    for encode, given, against, message in (
+        (of, [], corpus, "need at least one token to record, got none"),
+        (of, blocks, other, "block 0: need tokens of the corpus 'made up'"),
+        (of, blocks, corpus.rows(0, 3), "block 0: need tokens of the corpus 'made up'"),
+        (lambda x: of(x[1:]), blocks, corpus, "block 0: need 11 tokens of 7.*got 10 of 7"),
+        (lambda x: of(x[:, : next(widths)]), blocks, corpus, "block 1: need 11 tok.*got 11 of 6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collect(encode, given, against)

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from lib.activations.moments import Moments
 from lib.dictionaries import Dictionary
 from lib.spalf import Anchors, SpalfConfig
-from lib.spalf.config import LAWS, LR_AREA
+from lib.spalf.config import LR_AREA
 from lib.spalf.constraints import (
     coactivation,
     drift,
@@ -42,9 +42,6 @@ def codes(*active: list[int], d_sae: int = 6) -> SparseActs:
 
 MIXED = [0, 2, 5], [], [1], [2, 3], [0, 1, 2, 3, 4]
 NO_PAIRS = {"one each": ([0], [3], [3]), "none": ([], []), "some empty": ([], [4]), "no token": ()}
-
-
-# ---- constraints
 
 
 def test_faithfulness_is_the_share_of_the_bound():
@@ -80,9 +77,6 @@ def test_coactivation_against_a_double_loop():
     assert orthogonality(codes(*MIXED), W_dec, 0.2).item() == pytest.approx(expected / 0.2 - 1)
     longer = W_dec * torch.arange(1, 7)[:, None]  # cosines do not see length
     assert coactivation(codes(*MIXED), longer).item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_coactivation_knows_its_extremes():
     same = torch.ones(6, D, dtype=torch.float64)
     assert coactivation(codes(*MIXED), same).item() == pytest.approx(1)
     assert coactivation(codes(*MIXED), torch.eye(6, D, dtype=torch.float64)).item() == 0
@@ -90,10 +84,10 @@ def test_coactivation_knows_its_extremes():
 
 def test_coactivation_gradient():
     for active in (MIXED, ([1, 4],), ([], [0, 1], [])):
-        assert gradcheck(lambda W, active=active: coactivation(codes(*active), W), wide(6, D))
+        assert gradcheck(lambda W, active=active: coactivation(codes(*active), W), wide(6, 4))
     W_dec = wide(6, D)
     coactivation(codes([0, 2]), W_dec).backward()
-    assert (W_dec.grad[[0, 2]] != 0).any(1).all() and (W_dec.grad[[1, 3, 4, 5]] == 0).all()
+    assert (W_dec.grad != 0).any(1).tolist() == [True, False, True, False, False, False]
 
 
 @pytest.mark.parametrize("active", NO_PAIRS.values(), ids=NO_PAIRS)
@@ -105,17 +99,14 @@ def test_without_pairs_coactivation_is_zero_with_a_zero_gradient(active):
     assert torch.equal(W_dec.grad, torch.zeros_like(W_dec))
 
 
-def slope(function, at: float) -> float:
-    g = torch.tensor(at, dtype=torch.float64, requires_grad=True)
-    return torch.autograd.grad(function(g), g)[0].item()
-
-
 @pytest.mark.parametrize("y", [0.0, 0.8, 5.0])
 def test_penalty_and_its_slope(y):
     for at in (-3.0, -y / 2 - 0.01, -0.2, 0.0, 0.3, 2.0):
-        g = torch.tensor(at, dtype=torch.float64)
-        assert penalty(g, y).item() == pytest.approx((max(0, 2 * at + y) ** 2 - y**2) / 4)
-        assert slope(lambda g: penalty(g, y), at) == pytest.approx(max(0, 2 * at + y), abs=1e-12)
+        g = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+        value = penalty(g, y)
+        (slope,) = torch.autograd.grad(value, g)
+        assert value.item() == pytest.approx((max(0, 2 * at + y) ** 2 - y**2) / 4)
+        assert slope.item() == pytest.approx(max(0, 2 * at + y), abs=1e-12)
     assert penalty(torch.tensor(0.0), y).item() == pytest.approx(0, abs=1e-6)
     assert gradcheck(lambda g: penalty(g, y), wide(seed=1))
 
@@ -125,17 +116,6 @@ VALUES = {"a": 0.3, "b": -0.2, "c": 0.7, "d": -2.0}
 PULLS = {"a": 2.3, "b": 0.0, "c": 1.4, "d": 0.0}  # max(0, λ + 2ρg)
 
 
-def test_lagrangian_by_its_formula():
-    g = {name: torch.tensor(value, dtype=torch.float64) for name, value in VALUES.items()}
-    top = 1.7 + sum(
-        RHO[n] * (max(0, 2 * VALUES[n] + LAM[n] / RHO[n]) ** 2 - (LAM[n] / RHO[n]) ** 2) / 4
-        for n in VALUES
-    )
-    objective = torch.tensor(1.7, dtype=torch.float64)
-    assert lagrangian(objective, g, LAM, RHO).item() == pytest.approx(top / (1 + 2.3 + 1.4))
-    assert lagrangian(objective, {}, LAM, RHO).item() == 1.7
-
-
 def test_lagrangian_pulls_at_what_is_violated_and_divides_by_a_constant():
     """Each g is live: its slope is its pull over the divisor; no slope comes through the divisor.
     A slack constraint without multiplier, or far inside, has none."""
@@ -143,15 +123,17 @@ def test_lagrangian_pulls_at_what_is_violated_and_divides_by_a_constant():
     objective = torch.tensor(1.7, dtype=torch.float64)
     for leaf in (*leaves.values(), objective):
         leaf.requires_grad_()
-    lagrangian(objective, leaves, LAM, RHO).backward()
-    divisor = 1 + sum(PULLS.values())
+    value = lagrangian(objective, leaves, LAM, RHO)
+    value.backward()
+    top, divisor = 1.7, 1 + sum(PULLS.values())
+    for n in VALUES:
+        y = LAM[n] / RHO[n]
+        top += RHO[n] * (max(0, 2 * VALUES[n] + y) ** 2 - y**2) / 4
+    assert value.item() == pytest.approx(top / divisor)
     assert objective.grad.item() == pytest.approx(1 / divisor)
     for name, leaf in leaves.items():
-        assert leaf.grad.item() == pytest.approx(PULLS[name] / divisor), name
-    assert leaves["b"].grad == 0 and leaves["d"].grad == 0
-
-
-# ---- the stratified dictionary
+        assert leaf.grad.item() == pytest.approx(PULLS[name] / divisor, abs=0), name
+    assert lagrangian(objective, {}, LAM, RHO).item() == 1.7
 
 
 def activations(n: int = 4000, seed: int = 0) -> torch.Tensor:
@@ -168,10 +150,6 @@ def fitted(x: torch.Tensor) -> Whitener:
     return Whitener.fit(moments)
 
 
-def unit_scale(whitener: Whitener) -> float:
-    return math.sqrt(D / whitener.total_variance)
-
-
 def stratified(d_sae: int = 20, n_anchored: int = 3, **names) -> StratifiedDictionary:
     torch.manual_seed(0)
     anchors = 5 * wide(n_anchored, D, seed=2).detach().float()
@@ -179,34 +157,26 @@ def stratified(d_sae: int = 20, n_anchored: int = 3, **names) -> StratifiedDicti
 
 
 def started(l0_target: float = 4.0, **options) -> tuple[StratifiedDictionary, Whitener, float]:
-    x = activations()
+    """And the whitener and the output's scale."""
+    x, dictionary = activations(), stratified(**options)
     whitener = fitted(x)
-    dictionary = stratified(**options)
-    dictionary.start(x, whitener, unit_scale(whitener), l0_target)
-    return dictionary, whitener, unit_scale(whitener)
+    scale = math.sqrt(D / whitener.total_variance)
+    dictionary.start(x, whitener, scale, l0_target)
+    return dictionary, whitener, scale
 
 
-@pytest.mark.parametrize("d_sae", [2, 3])
-def test_anchors_must_leave_a_free_latent(d_sae):
-    with pytest.raises(ValueError, match=f"need d_sae above the 3 anchored latents, got {d_sae}"):
-        stratified(d_sae)
+def test_impossible_anchors_are_refused():
+    for d_sae in (2, 3):
+        with pytest.raises(ValueError, match=f"d_sae above the 3 anchored latents, got {d_sae}"):
+            stratified(d_sae)
     assert stratified(4).n_anchored == 3
-
-
-def test_anchors_of_another_width():
     with pytest.raises(ValueError, match=f"need anchors of width {D}, got 5"):
         StratifiedDictionary(20, D, torch.ones(3, 5))
-
-
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_anchors_without_a_direction_are_named(value):
-    rows = torch.ones(4, D)
-    rows[2] = value
-    with pytest.raises(ValueError, match=r"finite anchors that are not 0, .* ids \[12\]"):
-        Anchors(torch.tensor([10, 11, 12, 13]), rows)
-
-
-def test_anchors_without_an_id_each():
+    for value in (0.0, math.nan, math.inf):
+        rows = torch.ones(4, D)
+        rows[2] = value
+        with pytest.raises(ValueError, match=r"finite anchors that are not 0, .* ids \[12\]"):
+            Anchors(torch.arange(10, 14), rows)
     with pytest.raises(ValueError, match="got 3 and 4 rows"):
         # past the shape check of tests, which would come first
         Anchors.__post_init__(SimpleNamespace(ids=torch.arange(3), rows=torch.ones(4, D)))
@@ -255,8 +225,7 @@ def test_start_reads_what_it_writes_and_fires_at_the_wanted_rate(n_anchored):
 
 def test_start_keeps_thresholds_positive():
     """With l0_target near d_sae the quantile is negative; log thresholds need it above 0."""
-    dictionary, *_ = started(l0_target=19.0)
-    assert dictionary.log_threshold.isfinite().all()
+    assert started(l0_target=19.0)[0].log_threshold.isfinite().all()
 
 
 def test_only_free_rows_are_normalized_and_projected():
@@ -278,17 +247,6 @@ def test_only_free_rows_are_normalized_and_projected():
     torch.testing.assert_close(left[3:], grad[3:] - along)
 
 
-def shaken(**options) -> tuple[StratifiedDictionary, Whitener, float]:
-    """As after training: all parameters moved, anchored rows of other lengths."""
-    dictionary, whitener, scale = started(**options)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in dictionary.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    dictionary.normalize_decoder_()
-    return dictionary, whitener, scale
-
-
 @torch.no_grad()
 def assert_same(raw, dictionary: StratifiedDictionary, whitener: Whitener, scale: float) -> None:
     x = activations(500, seed=4)
@@ -305,7 +263,12 @@ def test_folded_out_does_the_same_on_raw_activations(n_anchored, tmp_path):
     import sae_lens
 
     names = {"hook_names": ("blocks.1.hook_resid_post",), "model_name": "tiny"}
-    trained = shaken(n_anchored=n_anchored, **names)
+    trained = started(n_anchored=n_anchored, **names)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # as after training: anchored rows have other lengths
+        for parameter in trained[0].parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    trained[0].normalize_decoder_()
     raw = trained[0].folded_out(*trained[1:])
     assert type(raw) is Dictionary and not raw.training
     assert raw.config.unit_norm_decoder == (n_anchored == 0)
@@ -315,9 +278,6 @@ def test_folded_out_does_the_same_on_raw_activations(n_anchored, tmp_path):
     assert loaded.config == raw.config and loaded.config.hook_names == names["hook_names"]
     assert_same(loaded, *trained)
     assert_same(sae_lens.SAE.load_from_disk(folder), *trained)
-
-
-# ---- config
 
 
 @pytest.mark.parametrize(
@@ -343,11 +303,6 @@ def test_folded_out_does_the_same_on_raw_activations(n_anchored, tmp_path):
 def test_impossible_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         SpalfConfig(**{"n_steps": 100, "d_sae": 64} | change)
-
-
-def test_possible_configs_are_taken():
-    for law in LAWS:
-        SpalfConfig(n_steps=1, d_sae=2, l0_target=1.9, r2_target=0.999, law=law)
 
 
 def test_step_size_is_lr_at_its_area_and_shrinks_with_the_root_of_it():

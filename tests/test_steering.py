@@ -2,17 +2,18 @@
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
 
-from lib import paths
 from lib.activations.harvest import HarvestConfig, Harvester
 from lib.adapters.sae_lora.adapter import SaeLora
 from lib.adapters.sae_lora.config import SaeLoraConfig
 from lib.adapters.sae_lora.source import SaeLoraSource
+from lib.analysis.causal import without
 from lib.data.corpus import load_corpus
-from lib.dictionaries import Dictionary, DictionaryConfig, SparseActs
+from lib.dictionaries import Dictionary, DictionaryConfig
 from lib.dictionaries.rules import ReLU
 from lib.latents import LatentRecord, collect
 from lib.latents.source import DictionarySource, LatentSource, record_of
@@ -24,7 +25,7 @@ from lib.latents.steering import (
     scale,
     typical_activations,
 )
-from lib.models import load_model, read, replace, site_dim
+from lib.models import read, replace, site_dim
 from lib.models.sites import sites
 from lib.models.unembed import unembedding
 
@@ -32,28 +33,18 @@ SITE = "blocks.1.hook_resid_post"
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    return load_model(paths.shipped_dir() / "models" / "tiny-gemma2")
+def model(gemma):
+    return gemma[0]
 
 
 @pytest.fixture(scope="module")
-def model(loaded):
-    return loaded[0]
+def corpus(gemma):
+    return load_corpus("world", gemma[1], n_tokens=700, seq_len=48)
 
 
 @pytest.fixture(scope="module")
-def corpus(loaded):
-    return load_corpus("world", loaded[1], n_tokens=1_500, seq_len=48)
-
-
-@pytest.fixture(scope="module")
-def dictionary():
-    return Dictionary.load(paths.shipped_dir() / "saes" / "tiny-gemma2" / "topk")
-
-
-@pytest.fixture(scope="module")
-def source(model, dictionary):
-    return DictionarySource(model, dictionary)
+def source(model, shipped_sae):
+    return DictionarySource(model, shipped_sae)
 
 
 @pytest.fixture(scope="module")
@@ -83,81 +74,78 @@ def run(model, tokens, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
     return acts[SITE], logits
 
 
-def fires(dictionary, x, latent) -> torch.Tensor:
+def fires(shipped_sae, x, latent) -> torch.Tensor:
     with torch.no_grad():
-        return dictionary.encode(x)[..., latent]
+        return shipped_sae.encode(x)[..., latent]
 
 
-# ---- what fires
-
-
-def test_latents_are_those_of_the_real_tokens(source, dictionary, corpus):
+def test_latents_are_those_of_the_real_tokens(source, shipped_sae, corpus):
     rows = corpus.rows(0, 4)
     assert not rows.mask.all()
     found = source.latents(rows.ids.long(), rows.mask)
     one_by_one = []
     for ids, mask in zip(rows.ids, rows.mask, strict=True):
         x, _ = run(source.model, ids[mask].long()[None])
-        one_by_one.append(dictionary.encode_sparse(x[0]).dense())
+        one_by_one.append(shipped_sae.encode_sparse(x[0]).dense())
     torch.testing.assert_close(found.dense(), torch.cat(one_by_one), atol=1e-3, rtol=1e-3)
     assert isinstance(source, LatentSource)
-    assert source.n_latents == found.n_latents == dictionary.d_sae
-    assert torch.equal(source.write_directions, dictionary.W_dec)
+    assert source.n_latents == found.n_latents == shipped_sae.d_sae
+    assert torch.equal(source.write_directions, shipped_sae.W_dec)
     assert not source.write_directions.requires_grad and not found.values.requires_grad
 
 
 @pytest.mark.parametrize("skip_special", [True, False])
-def test_a_record_is_what_harvesting_collects(source, dictionary, corpus, skip_special):
+def test_a_record_is_what_harvesting_collects(source, shipped_sae, corpus, skip_special):
     config = HarvestConfig(hook_names=(SITE,), batch_rows=7, skip_special=skip_special)
     harvester = Harvester([source.model], corpus, config)
     blocks = (harvester.block(i) for i in range(harvester.n_blocks))
-    expected = collect(dictionary.encode_sparse, blocks, corpus)
+    expected = collect(shipped_sae.encode_sparse, blocks, corpus)
     found = record_of(source, corpus, batch_rows=7, skip_special=skip_special)
     for field in dataclasses.fields(LatentRecord):
         a, b = getattr(found, field.name), getattr(expected, field.name)
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
 
 
-# ---- what an edit does
-
-
-def test_ablation_removes_what_the_latent_adds_and_nothing_else(source, dictionary, rows, frequent):
+def test_ablation_removes_what_the_latent_adds_and_nothing_else(
+    source, shipped_sae, rows, frequent
+):
     latent, other = frequent[:2]
     x, clean = run(source.model, rows)
-    z = fires(dictionary, x, latent)[..., None]
+    z = fires(shipped_sae, x, latent)[..., None]
     assert (z > 0).any() and (z == 0).any()
     with source.edited({latent: ablate()}):
         y, logits = run(source.model, rows)
-    torch.testing.assert_close(y, x - z * dictionary.W_dec[latent])
+    torch.testing.assert_close(y, x - z * shipped_sae.W_dec[latent])
     silent = (z == 0)[..., 0]
     assert torch.equal(y[silent], x[silent])
     assert not torch.equal(logits, clean)
-    both = torch.stack([fires(dictionary, x, j) for j in (latent, other)], dim=-1)
+    both = torch.stack([fires(shipped_sae, x, j) for j in (latent, other)], dim=-1)
     with source.edited({latent: ablate(), other: scale(3.0)}):
         y, _ = run(source.model, rows)
     move = torch.tensor([-1.0, 2.0])
-    torch.testing.assert_close(y, x + (both * move) @ dictionary.W_dec[[latent, other]])
+    torch.testing.assert_close(y, x + (both * move) @ shipped_sae.W_dec[[latent, other]])
     after, again = run(source.model, rows)
     assert torch.equal(after, x) and torch.equal(again, clean)  # nothing stays behind
 
 
-def test_a_clamped_latent_has_its_value_everywhere(source, dictionary, rows, frequent):
+def test_a_clamped_latent_has_its_value_everywhere(source, shipped_sae, rows, frequent):
     latent = frequent[0]
     x, _ = run(source.model, rows)
-    z = fires(dictionary, x, latent)
+    z = fires(shipped_sae, x, latent)
     with source.edited({latent: clamp(9.0)}):
         y, _ = run(source.model, rows)
-    row = dictionary.W_dec[latent].detach()
+    row = shipped_sae.W_dec[latent].detach()
     torch.testing.assert_close(y, x + (9.0 - z)[..., None] * row)
     torch.testing.assert_close(y @ row - x @ row, 9.0 - z)  # unit rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_edits_that_change_nothing_change_no_bit(model, dictionary, rows, frequent, dtype):
-    model = copy.deepcopy(model).to(dtype)
-    source = DictionarySource(model, dictionary)
+def test_edits_keep_the_models_precision(model, shipped_sae, rows, frequent, dtype):
+    """Those that change nothing change no bit; the others are computed in float32."""
+    model, latent = copy.deepcopy(model).to(dtype), frequent[0]
+    source = DictionarySource(model, shipped_sae)
     x, clean = run(model, rows)
-    for edits in ({}, dict.fromkeys(frequent, scale(1.0)), {frequent[0]: lambda values: values}):
+    for edits in ({}, dict.fromkeys(frequent, scale(1.0)), {latent: lambda values: values}):
         with source.edited(edits):
             y, logits = run(model, rows)
         assert torch.equal(y.view(torch.uint8), x.view(torch.uint8))
@@ -165,32 +153,22 @@ def test_edits_that_change_nothing_change_no_bit(model, dictionary, rows, freque
         with replace(model, SITE, lambda x: torch.full_like(x, -0.0)), source.edited(edits):
             y, _ = run(model, rows)
         assert torch.signbit(y).all()  # nor a zero's sign
-
-
-def test_a_bfloat16_model_is_edited_in_float32(model, dictionary, rows, frequent):
-    model = copy.deepcopy(model).to(torch.bfloat16)
-    x, _ = run(model, rows)
-    z = fires(dictionary, x.float(), frequent[0])[..., None]
-    with DictionarySource(model, dictionary).edited({frequent[0]: scale(2.0)}):
+    z = fires(shipped_sae, x.float(), latent)[..., None]
+    with source.edited({latent: scale(2.0)}):
         y, logits = run(model, rows)
-    assert y.dtype == logits.dtype == torch.bfloat16
-    assert not torch.equal(x, y)
-    torch.testing.assert_close(y, (x.float() + z * dictionary.W_dec[frequent[0]]).bfloat16())
+    assert y.dtype == logits.dtype == dtype and not torch.equal(x, y)
+    torch.testing.assert_close(y, (x.float() + z * shipped_sae.W_dec[latent]).to(dtype))
 
 
-def test_an_edit_in_place_counts(source, rows, frequent):
-    with source.edited({frequent[0]: ablate()}):
-        expected, _ = run(source.model, rows)
-    with source.edited({frequent[0]: lambda values: values.zero_()}):
-        found, _ = run(source.model, rows)
-    assert torch.equal(found, expected)
-
-
-def test_an_edit_sees_every_token_in_the_order_of_rows(source, dictionary, rows, frequent):
-    seen = []
-    with source.edited({frequent[0]: lambda values: seen.append(values) or values}):
+def test_an_edit_sees_every_token_in_the_order_of_rows(source, shipped_sae, rows, frequent):
+    latent, seen = frequent[0], []
+    with source.edited({latent: lambda values: seen.append(values) or values}):
         x, _ = run(source.model, rows)
-    assert torch.equal(seen[0], fires(dictionary, x, frequent[0]).flatten())
+    assert torch.equal(seen[0], fires(shipped_sae, x, latent).flatten())
+    with source.edited({latent: ablate()}):
+        expected, _ = run(source.model, rows)
+    with source.edited({latent: lambda values: values.zero_()}):  # an edit in place counts
+        assert torch.equal(run(source.model, rows)[0], expected)
 
 
 def test_padding_does_no_harm(source, corpus, frequent):
@@ -219,28 +197,33 @@ def generate(model, tokens, use_cache):
     return found.sequences, torch.stack(found.logits)
 
 
+def cached(source, tokens, edits) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is generated under edits, the same with a cache and without, and not as unedited."""
+    with source.edited(edits):
+        found, uncached = (generate(source.model, tokens, use) for use in (True, False))
+    assert torch.equal(found[0], uncached[0])
+    torch.testing.assert_close(found[1], uncached[1], atol=1e-3, rtol=1e-3)
+    with source.edited({}):
+        unedited = generate(source.model, tokens, True)[1]
+    assert not torch.allclose(found[1], unedited, atol=0.01)
+    return found
+
+
 def test_generation_with_a_cache_equals_generation_without(source, rows, frequent, record):
-    tokens = rows[:, :8]
     unit = typical_activations(record)
     edits = {j: clamp(2 * float(unit[j])) for j in frequent[:3]}
+    sequences, found = cached(source, rows[:, :8], edits)
     with source.edited(edits):
-        cached, uncached = (generate(source.model, tokens, use) for use in (True, False))
-        _, logits = run(source.model, cached[0][:, :-1])
-    assert torch.equal(cached[0], uncached[0])
-    torch.testing.assert_close(cached[1], uncached[1], atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(cached[1][-1], logits[:, -1], atol=1e-3, rtol=1e-3)
-    assert not torch.equal(cached[1], generate(source.model, tokens, True)[1])
-
-
-# ---- SAE-LoRA
+        _, logits = run(source.model, sequences[:, :-1])
+    torch.testing.assert_close(found[-1], logits[:, -1], atol=1e-3, rtol=1e-3)
 
 
 @pytest.fixture(scope="module", params=["add", "replace"])
-def adapter(request, dictionary, frequent) -> SaeLora:
+def adapter(request, shipped_sae, frequent) -> SaeLora:
     """Two ranks that read the latents which fire most, and write five."""
     config = SaeLoraConfig(rank=2, mode=request.param, keep_error=False, seed=1)
-    adapter = SaeLora(dictionary, config)
-    read, write = torch.zeros(2, dictionary.d_sae, dtype=torch.bool)
+    adapter = SaeLora(shipped_sae, config)
+    read, write = torch.zeros(2, shipped_sae.d_sae, dtype=torch.bool)
     read[frequent], write[100:105] = True, True
     with torch.no_grad():
         adapter.scale.copy_(torch.tensor([5.0, -3.0]))
@@ -254,19 +237,13 @@ def adapted(model, adapter, tokens):
         return run(model, tokens)
 
 
-def without(adapter, side: str, latents: list[int]) -> SaeLora:
-    kept = torch.ones(adapter.d_sae, dtype=torch.bool)
-    kept[latents] = False
-    return adapter.restricted(**{side: kept})
-
-
-def test_what_an_adapter_reads_and_writes(model, adapter, dictionary, corpus, frequent):
+def test_what_an_adapter_reads_and_writes(model, adapter, shipped_sae, corpus, frequent):
     rows = corpus.rows(0, 4)
     tokens = rows.ids.long()
-    z = DictionarySource(model, dictionary).latents(tokens, rows.mask)
+    z = DictionarySource(model, shipped_sae).latents(tokens, rows.mask)
     reads, writes = (SaeLoraSource(model, adapter, side) for side in ("read", "write"))
     found = reads.latents(tokens, rows.mask).dense()
-    support = torch.zeros(dictionary.d_sae)
+    support = torch.zeros(shipped_sae.d_sae)
     support[frequent] = 1
     assert torch.equal(found, z.dense() * support) and found.any()
     with torch.no_grad():
@@ -274,15 +251,18 @@ def test_what_an_adapter_reads_and_writes(model, adapter, dictionary, corpus, fr
     found = writes.latents(tokens, rows.mask).dense()
     torch.testing.assert_close(found, change)
     assert (found < 0).any() and (found > 0).any()
+    assert found.any(0).nonzero()[:, 0].tolist() == list(range(100, 105))
     for source in (reads, writes):
         assert isinstance(source, LatentSource)
-        assert (source.hook_name, source.n_latents) == (SITE, dictionary.d_sae)
+        assert (source.hook_name, source.n_latents) == (SITE, shipped_sae.d_sae)
         assert not source.write_directions.requires_grad
-    assert torch.equal(writes.write_directions, dictionary.W_dec)
+    assert torch.equal(writes.write_directions, shipped_sae.W_dec)
     with torch.no_grad():
         matrix = (adapter.read_weights * adapter.scale) @ adapter.write_weights
-        torch.testing.assert_close(reads.write_directions, matrix @ dictionary.W_dec)
+        torch.testing.assert_close(reads.write_directions, matrix @ shipped_sae.W_dec)
     assert not reads.write_directions[support == 0].any()
+    with pytest.raises(ValueError, match=r"need a side in \('read', 'write'\), got 'both'"):
+        SaeLoraSource(model, adapter, "both")
 
 
 @pytest.mark.parametrize("side", ["read", "write"])
@@ -299,15 +279,15 @@ def test_ablating_a_side_is_the_adapter_without_those_weights(model, adapter, ro
     assert torch.equal(run(model, rows)[0], plain)
 
 
-def test_read_and_written_values_can_be_set(model, adapter, dictionary, rows, frequent):
+def test_read_and_written_values_can_be_set(model, adapter, shipped_sae, rows, frequent):
     plain, _ = run(model, rows)
     whole, _ = adapted(model, adapter, rows)
     with torch.no_grad():
-        z = dictionary.encode(plain)
+        z = shipped_sae.encode(plain)
         raised = z.clone()
         raised[..., frequent[0]] = 4.0
         matrix = (adapter.read_weights * adapter.scale) @ adapter.write_weights
-        change = (raised - z) @ matrix @ dictionary.W_dec
+        change = (raised - z) @ matrix @ shipped_sae.W_dec
         before = (z @ matrix)[..., 7, None]
     with SaeLoraSource(model, adapter, "read").edited({frequent[0]: clamp(4.0)}):
         x, _ = run(model, rows)
@@ -315,7 +295,7 @@ def test_read_and_written_values_can_be_set(model, adapter, dictionary, rows, fr
     assert not before.any()  # latent 7 is not written: clamping it steers all the same
     with SaeLoraSource(model, adapter, "write").edited({7: clamp(-3.0)}):
         x, _ = run(model, rows)
-    torch.testing.assert_close(x, whole - 3.0 * dictionary.W_dec[7], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(x, whole - 3.0 * shipped_sae.W_dec[7], atol=1e-4, rtol=1e-4)
 
 
 def test_without_a_change_it_is_the_adapter_to_the_last_bit(model, adapter, rows, frequent):
@@ -329,51 +309,28 @@ def test_without_a_change_it_is_the_adapter_to_the_last_bit(model, adapter, rows
         assert torch.equal(found[0], expected) and torch.equal(found[1], logits), (side, edits)
 
 
-def test_an_adapted_model_generates_with_a_cache(model, adapter, rows, frequent):
-    tokens = rows[:, :8]
-    for side, latent in (("read", frequent[0]), ("write", 102)):
-        with SaeLoraSource(model, adapter, side).edited({latent: clamp(-6.0)}):
-            cached, uncached = (generate(model, tokens, use) for use in (True, False))
-        assert torch.equal(cached[0], uncached[0])
-        torch.testing.assert_close(cached[1], uncached[1], atol=1e-3, rtol=1e-3)
-        with adapter.attached(model):
-            assert not torch.allclose(cached[1], generate(model, tokens, True)[1], atol=0.01)
+@pytest.mark.parametrize("side", ["read", "write"])
+def test_an_adapted_model_generates_with_a_cache(model, adapter, rows, frequent, side):
+    latent = frequent[0] if side == "read" else 102
+    cached(SaeLoraSource(model, adapter, side), rows[:, :8], {latent: clamp(-6.0)})
 
 
-def test_a_record_of_what_is_written(model, adapter, corpus):
-    source = SaeLoraSource(model, adapter, "write")
-    found = record_of(source, corpus, batch_rows=7)
-    config = HarvestConfig(hook_names=(SITE,), batch_rows=7)
-    harvester = Harvester([model], corpus, config)
-    x = torch.cat([harvester.block(i).acts for i in range(harvester.n_blocks)])
-    with torch.no_grad():
-        change = adapter.latent_delta(SparseActs.of(adapter.dictionary.encode(x)))
-    torch.testing.assert_close(found.acts.dense(), change)
-    assert set(found.indices.tolist()) == set(range(100, 105))
-    units = typical_activations(found)
-    assert (units[100:105] > 0).all()
+def logit(model, rows, token: int = 7) -> float:
+    return float(run(model, rows)[1][:, -1, token].mean())
 
 
-def test_doses_of_an_adapter_start_from_the_adapter(model, adapter, corpus, rows, frequent):
-    source = SaeLoraSource(model, adapter, "read")
-    units = typical_activations(record_of(source, corpus))
-
-    def measure() -> float:
-        return float(run(model, rows)[1][..., 7].sum())
-
+def test_doses_of_an_adapter_start_from_the_adapter(model, adapter, rows, frequent):
+    source, units = SaeLoraSource(model, adapter, "read"), torch.ones(adapter.d_sae)
+    measure = functools.partial(logit, model, rows)
     with adapter.attached(model):
         expected = measure()
     found = dose_response(source, measure, frequent[:2], [0.0, 1.0], units=units, n_random=2)
     assert found.baseline == found.control[0][0] == found.control[1][0] == expected != measure()
-    options = {"units": units.clamp(min=1), "n_random": 1}
     with pytest.raises(ValueError, match=r"need latents that write something, got \[7\]"):
-        dose_response(source, measure, [7], [1.0], **options)
+        dose_response(source, measure, [7], [1.0], units=units, n_random=1)
 
 
-# ---- refusals
-
-
-def test_other_dictionaries_and_sites_are_refused(model, dictionary):
+def test_other_dictionaries_and_sites_are_refused(model, shipped_sae):
     d = site_dim(model, SITE)
 
     def made(**changes) -> Dictionary:
@@ -387,7 +344,7 @@ def test_other_dictionaries_and_sites_are_refused(model, dictionary):
         (two, "", "need a dictionary of one site, got one of 2"),
         (transcoder, "", r"got a transcoder with out_dims \(128,\)"),
         (narrow, "", f"need a dictionary of width {d} at {SITE}, got {d - 1}"),
-        (dictionary, "blocks.0.hook_resid_post", f"own hook name '{SITE}', got 'blocks.0"),
+        (shipped_sae, "blocks.0.hook_resid_post", f"own hook name '{SITE}', got 'blocks.0"),
         (nameless, "", "need a hook_name: the dictionary does not name its own"),
         (nameless, "blocks.9.hook_resid_post", "no hook name 'blocks.9.hook_resid_post'"),
         (nameless, "blocks.1.attn.hook_z", "residual stream, got 'blocks.1.attn.hook_z'"),
@@ -395,27 +352,21 @@ def test_other_dictionaries_and_sites_are_refused(model, dictionary):
         with pytest.raises(ValueError, match=message):
             DictionarySource(model, wrong, hook_name)
     assert DictionarySource(model, nameless, SITE).hook_name == SITE
-    assert DictionarySource(model, dictionary, SITE).hook_name == SITE
+    assert DictionarySource(model, shipped_sae, SITE).hook_name == SITE
 
 
-def test_another_side_is_refused(model, adapter):
-    with pytest.raises(ValueError, match=r"need a side in \('read', 'write'\), got 'both'"):
-        SaeLoraSource(model, adapter, "both")
-
-
-def test_a_model_in_training_mode_is_refused(model, dictionary, corpus, rows):
+def test_a_model_in_training_mode_is_refused(model, shipped_sae, corpus, rows):
     model = copy.deepcopy(model)
-    source = DictionarySource(model, dictionary)
+    source = DictionarySource(model, shipped_sae)
     model.train()
-    message = "need a model in eval mode"
-    with pytest.raises(ValueError, match=message):
-        DictionarySource(model, dictionary)
-    with pytest.raises(ValueError, match=message):
-        source.latents(rows, rows >= 0)
-    with pytest.raises(ValueError, match=message), source.edited({0: ablate()}):
-        pass
-    with pytest.raises(ValueError, match=message):
-        record_of(source, corpus)
+    for refuse in (
+        lambda: DictionarySource(model, shipped_sae),
+        lambda: source.latents(rows, rows >= 0),
+        lambda: source.edited({0: ablate()}).__enter__(),
+        lambda: record_of(source, corpus),
+    ):
+        with pytest.raises(ValueError, match="need a model in eval mode"):
+            refuse()
 
 
 def test_impossible_edits_are_refused(source, rows):
@@ -437,17 +388,15 @@ def test_impossible_edits_are_refused(source, rows):
 
 
 def test_impossible_records_are_refused(source, corpus):
-    with pytest.raises(ValueError, match="need batch_rows >= 1, got 0"):
-        record_of(source, corpus, batch_rows=0)
     high = dataclasses.replace(corpus, ids=corpus.ids + 10_000)
-    with pytest.raises(ValueError, match="token ids, but the corpus holds id 1"):
-        record_of(source, high)
     special = dataclasses.replace(corpus, special=corpus.mask)
-    with pytest.raises(ValueError, match="need at least one token to record, got none"):
-        record_of(source, special)
-
-
-# ---- dose and response
+    for given, batch_rows, message in (
+        (corpus, 0, "need batch_rows >= 1, got 0"),
+        (high, 64, "token ids, but the corpus holds id 1"),
+        (special, 64, "need at least one token to record, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            record_of(source, given, batch_rows=batch_rows)
 
 
 def test_typical_activation_is_the_mean_size_where_it_fires(record):
@@ -465,8 +414,7 @@ def test_typical_activation_is_the_mean_size_where_it_fires(record):
 def test_doses_are_edits_in_the_unit_given(source, record, rows, frequent):
     chosen, units = frequent[:2], typical_activations(record)
 
-    def measure() -> float:
-        return float(run(source.model, rows)[1][..., 7].sum())
+    measure = functools.partial(logit, source.model, rows)
 
     def edited(edits) -> float:
         with source.edited(edits):
@@ -534,13 +482,10 @@ def test_a_planted_direction_raises_its_token_and_random_ones_do_not(model, rows
         planted.W_dec[2] = row / row.norm()
     source = DictionarySource(model, planted.eval(), site)
 
-    def logit() -> float:
-        with torch.no_grad():
-            return float(model(input_ids=rows, use_cache=False).logits[:, -1, token].mean())
-
     units = torch.full((6,), 10.0)
     doses = [-2.0, -1.0, 0.0, 1.0, 2.0, 4.0]
-    found = dose_response(source, logit, [2], doses, units=units, n_random=4)
+    measured = [source, functools.partial(logit, model, rows[:, :8], token), [2]]
+    found = dose_response(*measured, doses, units=units, n_random=4)
     assert all(a < b for a, b in zip(found.values, found.values[1:], strict=False))
     rise = found.values[-1] - found.values[2]
     spread = found.control_high[-1] - found.baseline
@@ -550,7 +495,8 @@ def test_a_planted_direction_raises_its_token_and_random_ones_do_not(model, rows
     assert found.control_mean == pytest.approx(table.mean(0).tolist())
     assert found.control_low == tuple(table.amin(0).tolist())
     assert found.control_high == tuple(table.amax(0).tolist())
-    assert dose_response(source, logit, [2], doses, units=units, n_random=4) == found
+    again = dose_response(*measured, [4.0], units=units, n_random=4)
+    assert (again.values, again.control_mean) == (found.values[-1:], found.control_mean[-1:])
 
 
 def test_impossible_doses_are_refused(source, record):

@@ -6,20 +6,8 @@ import torch
 from lib.activations.source import Block
 from lib.analysis import probes
 from lib.analysis.logistic import greedy, linear_probe, newton
-from lib.analysis.probes import (
-    DenseFeatures,
-    SparseFeatures,
-    best_cuts,
-    best_thresholds,
-    f1_score,
-)
-from lib.analysis.truth import (
-    baselines,
-    random_codes,
-    score_dense,
-    score_record,
-    score_sparse,
-)
+from lib.analysis.probes import DenseFeatures, SparseFeatures, best_cuts, best_thresholds, f1_score
+from lib.analysis.truth import baselines, random_codes, score_dense, score_record, score_sparse
 from lib.data.corpus import Corpus
 from lib.dictionaries import Dictionary, DictionaryConfig, FitConfig, SparseActs, fit, recipes
 from lib.dictionaries.rules import TopK
@@ -52,7 +40,9 @@ def names(c: int) -> list[str]:
     return [f"concept {i}" for i in range(c)]
 
 
-# ---- cuts
+def scored(x, labels, rows=None):
+    rows = rows_of(len(x)) if rows is None else rows
+    return score_sparse(SparseActs.of(x), labels, rows, names(labels.shape[1]))
 
 
 def brute_force(x, labels, signs, above=-torch.inf):
@@ -104,8 +94,7 @@ def test_thresholds_lie_between_values():
 def test_sparse_and_dense_features_are_one_thing():
     x, r = sparse(90, 8), torch.randn(90, 3, generator=generator())
     a, b = SparseFeatures(SparseActs.of(x)), DenseFeatures(x)
-    tokens = flags(90, 1)[:, 0]
-    index = torch.tensor([5, 0, 5])
+    tokens, index = flags(90, 1)[:, 0], torch.tensor([5, 0, 5])
     for left, right in ((a, b), (a.take(tokens), b.take(tokens))):
         assert left.n == right.n
         assert torch.equal(left.columns(index), right.columns(index))
@@ -113,9 +102,6 @@ def test_sparse_and_dense_features_are_one_thing():
             torch.testing.assert_close(
                 left.against(r[: left.n], power), right.against(r[: left.n], power)
             )
-
-
-# ---- logistic regression
 
 
 def test_newton_finds_the_optimum():
@@ -154,15 +140,12 @@ def test_greedy_finds_what_was_summed():
     assert torch.equal(same, chosen)
 
 
-def test_greedy_takes_each_feature_once():
+def test_greedy_takes_each_feature_once_whatever_its_offset():
     x, labels = sparse(N, 6), flags(N, 3)
     x[:, 2:] = 0
     chosen, weights = greedy(SparseFeatures(SparseActs.of(x)), labels, 5)
     assert all(len(set(features)) == 5 for features in chosen.tolist())
     assert (weights[chosen >= 2] == 0).all()
-
-
-def test_greedy_is_not_fooled_by_offsets():
     x = torch.randn(N, 5, generator=generator())
     labels = (x[:, [3]] + 0.5 * x[:, [1]]) > 0.5
     x[:, 3] += 100
@@ -173,20 +156,15 @@ def test_greedy_is_not_fooled_by_offsets():
     assert chosen[0, -1] == 0 and weights[0, -1] == 0  # a constant comes last
 
 
-# ---- scores
-
-
 def test_planted_concepts_are_found():
     x = sparse(N, 30, share=0.1)
     labels = torch.stack([x[:, 4] > 0.5, (x[:, [5, 6, 7, 8, 9]] > 0).any(1), x[:, 12] > 0], 1)
-    scores = score_sparse(SparseActs.of(x), labels, rows_of(N), names(3))
+    scores = scored(x, labels)
     best, five = scores["best"], scores["five"]
     assert best.features[:, 0].tolist()[::2] == [4, 12]
     assert best.thresholds[0] == pytest.approx(0.5, abs=0.01)
-    assert best.f1[0] > 0.97 and best.f1[2] == 1
-    assert best.f1[1] < 0.6
-    assert set(five.features[1].tolist()) == {5, 6, 7, 8, 9}
-    assert five.f1[1] > 0.98
+    assert best.f1[0] > 0.97 and best.f1[1] < 0.6 and best.f1[2] == 1
+    assert set(five.features[1].tolist()) == {5, 6, 7, 8, 9} and five.f1[1] > 0.98
     assert five.mean == pytest.approx(float(five.f1.mean()))
     assert best.by_concept()["concept 2"] == 1
     assert best.left_out == ()
@@ -206,9 +184,8 @@ def test_the_ceiling_and_the_baselines():
     }
     probe = found["linear"]["probe"]
     assert (probe.f1 > 0.95).all()
-    assert found["neurons"]["best"].f1[3] > 0.99  # its negative side
-    assert found["neurons"]["best"].features[3] == 0
-    assert found["neurons"]["best"].weights[3] == -1
+    best = found["neurons"]["best"]  # of the last concept: the negative side of neuron 0
+    assert best.f1[3] > 0.99 and (best.features[3], best.weights[3]) == (0, -1)
     for kind in ("neurons", "pca", "random"):
         assert found[kind]["best"].f1[:3].mean() < found[kind]["five"].f1[:3].mean()
         assert (found[kind]["five"].f1[:3] < probe.f1[:3]).all()
@@ -222,18 +199,17 @@ def test_the_ceiling_and_the_baselines():
 def test_chance_scores_no_more_than_always():
     """Nothing leaks from the half that measures: random labels stay at the base rate."""
     x, labels = sparse(N, 200), flags(N, 10, share=0.1)
-    scores = score_sparse(SparseActs.of(x), labels, rows_of(N), names(10))
-    assert scores["best"].mean < 0.21 and scores["five"].mean < 0.21
+    assert all(scores.mean < 0.21 for scores in scored(x, labels).values())
 
 
 def test_the_other_half_is_not_looked_at():
     x, labels, rows = sparse(N, 20), flags(N, 4), rows_of(N)
-    before = score_sparse(SparseActs.of(x), labels, rows, names(4))
+    before = scored(x, labels)
     shuffled = torch.randperm(int(rows.max()) + 1, generator=generator(0))
     held = (shuffled % 2 == 1)[rows]
     changed = labels.clone()
     changed[held] = flags(int(held.sum()), 4, seed=9)
-    after = score_sparse(SparseActs.of(x), changed, rows, names(4))
+    after = scored(x, changed)
     for kind in ("best", "five"):
         assert torch.equal(before[kind].features, after[kind].features)
         assert torch.equal(before[kind].thresholds, after[kind].thresholds)
@@ -241,7 +217,7 @@ def test_the_other_half_is_not_looked_at():
         assert len(before[kind].f1) == 4
     x_held = x.clone()
     x_held[held] = sparse(int(held.sum()), 20, seed=11)
-    other = score_sparse(SparseActs.of(x_held), labels, rows, names(4))
+    other = scored(x_held, labels)
     assert torch.equal(before["five"].weights, other["five"].weights)
 
 
@@ -251,8 +227,7 @@ def test_a_row_is_in_one_half():
     code = torch.zeros(N, 100)
     code[torch.arange(N), rows] = 1  # each row has a latent of its own
     labels = (rows % 3 == 0)[:, None]
-    scores = score_sparse(SparseActs.of(code), labels, rows, names(1))
-    assert scores["best"].f1.max() == 0
+    assert scored(code, labels, rows)["best"].f1.max() == 0
 
 
 def test_rare_concepts_are_left_out_and_named():
@@ -260,11 +235,11 @@ def test_rare_concepts_are_left_out_and_named():
     labels[:, 1] = False
     labels[:30, 1] = True
     labels[:, 2] = ~labels[:, 1]
-    scores = score_sparse(SparseActs.of(x), labels, rows_of(N), names(4))
+    scores = scored(x, labels)
     assert scores["five"].concepts == ("concept 0", "concept 3")
     assert scores["five"].left_out == ("concept 1", "concept 2")
     with pytest.raises(ValueError, match="need a concept on and off at least 20 tokens"):
-        score_sparse(SparseActs.of(x), labels[:, 1:3], rows_of(N), names(2))
+        scored(x, labels[:, 1:3])
 
 
 def test_a_record_is_scored_on_its_own_concepts():
@@ -287,11 +262,10 @@ def test_a_record_is_scored_on_its_own_concepts():
 
 
 def test_latents_that_never_fire_find_nothing():
-    labels, rows = flags(N, 2, share=0.1), rows_of(N)
-    x = torch.zeros(N, 5)
-    assert score_sparse(SparseActs.of(x), labels, rows, names(2))["best"].f1.tolist() == [0, 0]
+    labels, x = flags(N, 2, share=0.1), torch.zeros(N, 5)
+    assert scored(x, labels)["best"].f1.tolist() == [0, 0]
     x[:, 2] = (~labels.any(1)).float()
-    assert score_sparse(SparseActs.of(x), labels, rows, names(2))["best"].f1.tolist() == [0, 0]
+    assert scored(x, labels)["best"].f1.tolist() == [0, 0]
 
 
 def test_scores_refuse():
@@ -299,11 +273,9 @@ def test_scores_refuse():
     with pytest.raises(ValueError, match="need finite features"):
         score_dense(torch.full((N, 2), float("nan")), labels, rows, names(2))
     with pytest.raises(ValueError, match="need latents of at least 0, got -0.5"):
-        score_sparse(SparseActs.of(x - 0.5), labels, rows, names(2))
+        scored(x - 0.5, labels)
     with pytest.raises(ValueError, match="a name for each of 2 concepts, got 3000 rows and 51"):
         score_sparse(SparseActs.of(x), labels, rows)
-    with pytest.raises(ValueError, match="need k in 1..4, got 5"):
-        random_codes(x, 4, 5)
 
 
 def test_random_codes():
@@ -313,89 +285,52 @@ def test_random_codes():
     assert (acts.offsets.diff() == 4).all() and (acts.values > 0).all()
     assert torch.equal(random_codes(x, 50, 4).indices, acts.indices)
     assert not torch.equal(random_codes(x, 50, 4, seed=1).indices, acts.indices)
+    with pytest.raises(ValueError, match="need k in 1..4, got 5"):
+        random_codes(x, 4, 5)
 
 
-# ---- planted features
+def synthetic(n: int, d: int, **options):
+    from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig  # slow to import
 
-
-@pytest.fixture(scope="module")
-def synthetic():
-    from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig
-
-    return SyntheticModel(SyntheticModelConfig(num_features=24, hidden_dim=16, seed=0))
-
-
-def test_stream_is_seeded_and_resumable(synthetic):
-    stream = SyntheticStream(synthetic, batch_size=32, seed=3)
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    first = [next(stream) for _ in range(3)]
-    assert torch.equal(torch.rand(3), expected)  # torch's own numbers are left alone
-    assert first[0].shape == (32, 16) and not first[0].requires_grad
-    assert not torch.equal(first[0], first[1])
-    again = SyntheticStream(synthetic, batch_size=32, seed=3)
-    assert all(torch.equal(next(again), batch) for batch in first)
-    state = again.state_dict()
-    later = [next(again) for _ in range(2)]
-    other = SyntheticStream(synthetic, batch_size=32, seed=9)
-    assert not torch.equal(next(other), first[0])
-    other.load_state_dict(state)
-    assert all(torch.equal(next(other), batch) for batch in later)
-    with pytest.raises(ValueError, match="need batch_size >= 1, got 0"):
-        SyntheticStream(synthetic, batch_size=0)
+    return SyntheticModel(SyntheticModelConfig(num_features=n, hidden_dim=d, **options))
 
 
 def dictionary_of(rows: torch.Tensor, k: int = 4) -> Dictionary:
     config = DictionaryConfig(site_dims=(rows.shape[1],), d_sae=len(rows), rule=TopK(k=k))
     dictionary = Dictionary(config)
     with torch.no_grad():
-        for weight in (dictionary.encoder, dictionary.W_dec):
-            weight.copy_(rows)
+        dictionary.W_enc.copy_(rows.T)
+        dictionary.W_dec.copy_(rows)
     return dictionary.eval()
 
 
-def test_recovery_of_the_truth_and_of_nothing(synthetic):
-    truth = synthetic.feature_dict.feature_vectors.detach()
+def test_recovery_of_the_truth_and_of_nothing():
+    model = synthetic(24, 16, seed=0)
+    truth = model.feature_dict.feature_vectors.detach()
+    exact = dictionary_of(truth)
     with torch.no_grad():
-        exact = dictionary_of(truth)
-        exact.b_dec.copy_(synthetic.feature_dict.bias)
-    torch.manual_seed(0)
-    drawn = torch.rand(1)
-    torch.manual_seed(0)
-    found = recovery_scores(exact, synthetic, n_tokens=5000)
-    assert torch.equal(torch.rand(1), drawn)
+        exact.b_dec.copy_(model.feature_dict.bias)
+    found = recovery_scores(exact, model, n_tokens=5000)
     assert found.mcc == pytest.approx(1, abs=1e-5)
-    assert found.uniqueness == 1
-    assert found.dead == 0
-    assert found.l0 <= 4
-    assert found == recovery_scores(exact, synthetic, n_tokens=5000)
-    random = recovery_scores(
-        dictionary_of(torch.randn(24, 16, generator=generator(5))), synthetic, n_tokens=5000
-    )
-    assert random.mcc < 0.75
-    assert random.f1 < found.f1
-    assert random.r2 < found.r2
-    twice = recovery_scores(dictionary_of(truth[:12].repeat(2, 1)), synthetic, n_tokens=1000)
+    assert (found.uniqueness, found.dead) == (1, 0) and found.l0 <= 4
+    assert found == recovery_scores(exact, model, n_tokens=5000)
+    other = dictionary_of(torch.randn(24, 16, generator=generator(5)))
+    random = recovery_scores(other, model, n_tokens=5000)
+    assert random.mcc < 0.75 and random.f1 < found.f1 and random.r2 < found.r2
+    twice = recovery_scores(dictionary_of(truth[:12].repeat(2, 1)), model, n_tokens=1000)
     assert twice.uniqueness == 0.5
-    with pytest.raises(ValueError, match="need a dictionary of width 16, got 8"):
-        recovery_scores(dictionary_of(torch.eye(8)), synthetic)
 
 
 def test_training_recovers_planted_features():
-    from sae_lens.synthetic import ConstantFiringProbabilityConfig as Constant
-    from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig
+    from sae_lens.synthetic import ConstantFiringProbabilityConfig
 
-    config = SyntheticModelConfig(
-        num_features=32, hidden_dim=32, firing_probability=Constant(probability=0.06), seed=1
-    )
-    model = SyntheticModel(config)
-    recipe = recipes.topk(k=2)
-    plans = {"topk": (recipe.dictionary(site_dims=(32,), d_sae=32), recipe)}
+    firing = ConstantFiringProbabilityConfig(probability=0.1)
+    model, recipe = synthetic(16, 16, firing_probability=firing, seed=1), recipes.topk(k=2)
+    plans = {"topk": (recipe.dictionary(site_dims=(16,), d_sae=16), recipe)}
     stream = SyntheticStream(model, batch_size=256)
-    fitted = fit(plans, stream, FitConfig(n_steps=400, lr=3e-3), progress=False)
-    found = recovery_scores(fitted["topk"].dictionary, model, n_tokens=5000)
-    untrained = recovery_scores(dictionary_of(torch.eye(32)), model, n_tokens=5000)
+    (fitted,) = fit(plans, stream, FitConfig(n_steps=60, lr=3e-2), progress=False).values()
+    found = recovery_scores(fitted.dictionary, model, n_tokens=5000)
+    untrained = recovery_scores(dictionary_of(torch.eye(16)), model, n_tokens=5000)
     assert found.mcc > 0.85 > untrained.mcc + 0.2
     assert found.f1 > untrained.f1 + 0.2
-    assert not fitted["topk"].dictionary.training
+    assert not fitted.dictionary.training

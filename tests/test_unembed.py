@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch.nn import functional as F
 
@@ -14,42 +13,19 @@ from lib.models import read, site_dim
 from lib.models.patched import PatchedKL
 from lib.models.sites import sites
 from lib.models.unembed import unembedding
-from tests.test_models import ARCHITECTURES, GROUPED, IDS, N_LAYERS, D, build, n_hooks, randomise
+from tests.test_models import ARCHITECTURES, IDS, D, build, n_hooks, noise, opt, with_vision
 
-SITE, LAST = "blocks.1.hook_resid_post", f"blocks.{N_LAYERS - 1}.hook_resid_post"
-
-
-def noise(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def with_vision():
-    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    tower |= {"num_attention_heads": 1, "image_size": 16, "patch_size": 8}
-    text = GROUPED | {"head_dim": 12, "model_type": "gemma3_text"}
-    config = transformers.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4)
-    return randomise(transformers.Gemma3ForConditionalGeneration(config))
-
-
-def stream_and_logits(model):
-    """What leaves the last block, and the unembedding's output before any softcap."""
-    seen = []
-    head = model.get_output_embeddings()
-    handle = head.register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.no_grad(), read(model, [LAST]) as acts:
-        model(IDS)
-    handle.remove()
-    return acts[LAST].flatten(0, 1), seen[0].flatten(0, 1)
-
-
-# ---- the unembedding
+SITE, LAST = "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "gemma3"])
 def test_rows_times_normalised_stream_are_the_logits(name):
     model = with_vision() if name == "gemma3" else build(name)
-    x, logits = stream_and_logits(model)
-    rows = unembedding(model)
+    seen = []  # the unembedding's output, before any softcap
+    model.get_output_embeddings().register_forward_hook(lambda _, args, output: seen.append(output))
+    with torch.no_grad(), read(model, [LAST]) as acts:
+        model(IDS)
+    x, logits, rows = acts[LAST].flatten(0, 1), seen[0].flatten(0, 1), unembedding(model)
     if name.startswith("gpt"):
         found = rows @ F.layer_norm(x, (D,)).T
         uncentred = rows @ (x / x.std(1, correction=0, keepdim=True)).T
@@ -111,19 +87,14 @@ def test_inside_ddp():
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_models_without_a_plain_unembedding():
-    base = transformers.Gemma2Model(build("gemma2").config)
-    with pytest.raises(ValueError, match="need a model with an unembedding, got Gemma2Model"):
-        unembedding(base)
     tuned = get_peft_model(build("llama"), LNTuningConfig(target_modules=["model.norm"]))
-    with pytest.raises(ValueError, match=r"need model.norm without an adapter, got LNTuningLayer"):
-        unembedding(tuned)
-    opt = transformers.OPTConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, ffn_dim=8)
-    opt.num_attention_heads = 1
-    with pytest.raises(ValueError, match=r"need an architecture in .*got 'opt'"):
-        unembedding(transformers.OPTForCausalLM(opt))
-
-
-# ---- the patched model's KL
+    for match, model in {
+        "need a model with an unembedding, got Gemma2Model": build("gemma2").model,
+        "need model.norm without an adapter, got LNTuningLayer": tuned,
+        "need an architecture in .*got 'opt'": opt(),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            unembedding(model)
 
 
 def corpus(lengths=(1, 9, 4, 2, 7, 9, 3, 1, 6, 8, 5, 5)):
@@ -159,7 +130,7 @@ def test_agrees_with_the_metric(models, name, skip_special):
         loss = PatchedKL(models[name], data, hook_name, batch_rows=5, skip_special=skip_special)
         assert loss.width == width
         for step in (0, 3):
-            found = loss(lambda x, d=dictionary: d.decode(d.encode(x)), step)
+            found = loss(dictionary, step)
             part = data.take(loss.rows(step))
             options = {"skip_special": skip_special, "batch_rows": 2}
             wanted = patched_losses(models[name], dictionary, part, hook_name, **options).kl
@@ -179,10 +150,8 @@ def test_nothing_changed_is_zero(models):
 
 
 @pytest.mark.parametrize("hook_name", [SITE, "blocks.1.attn.hook_z", "blocks.1.hook_resid_mid"])
-def test_gradient_matches_finite_differences(models, hook_name):
-    model = type(models["gpt2"])(models["gpt2"].config).double().eval()
-    model.load_state_dict(models["gpt2"].state_dict())
-    loss = PatchedKL(model, corpus(), hook_name)
+def test_gradient_matches_finite_differences(hook_name):
+    loss = PatchedKL(build("gpt2").double(), corpus(), hook_name)
     weight = (torch.eye(D) + 0.3 * noise(D, D)).double().requires_grad_()
 
     def value(weight):
@@ -197,19 +166,15 @@ def test_gradient_matches_finite_differences(models, hook_name):
         torch.testing.assert_close((gradient * direction).sum().float(), slope, rtol=1e-2, atol=0)
 
 
-def test_graph_starts_at_the_site_and_the_model_stays_as_it_was(models):
-    model = models["gemma2"]
+def test_graph_starts_at_the_site_and_the_model_stays_as_it_was():
+    model = build("gemma2")
     flags = {name: i % 3 > 0 for i, (name, _) in enumerate(model.named_parameters())}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])
     state = {name: x.clone() for name, x in model.state_dict().items()}
     hooks, graphs = n_hooks(model), []
     handles = [
-        layer.register_forward_hook(
-            lambda module, args, out: graphs.append(
-                (out[0] if isinstance(out, tuple) else out).requires_grad
-            )
-        )
+        layer.mlp.register_forward_hook(lambda module, args, out: graphs.append(out.requires_grad))
         for layer in model.model.layers
     ]
     weight = torch.eye(D, requires_grad=True)
@@ -286,15 +251,12 @@ def test_bad_input(models):
     refuse("need a corpus with a token to patch, got special tokens only", marks)
     assert PatchedKL(model, marks, SITE, skip_special=False)(damage, 0) > 0
 
+    model = build("gemma2")
     loss = PatchedKL(model, corpus(), SITE)
-    with pytest.raises(
-        ValueError, match=r"need a rebuilt activation \(\d+, 16\) at blocks.1.*, 8\)"
-    ):
+    shape = r"need a rebuilt activation \(\d+, 16\) at blocks.1.*, 8\)"
+    with pytest.raises(ValueError, match=shape):
         loss(lambda x: x[:, :8], 0)
     model.train()
-    try:
-        refuse("need a model in eval mode")
-        with pytest.raises(ValueError, match="need a model in eval mode"):
-            loss(damage, 0)
-    finally:
-        model.eval()
+    refuse("need a model in eval mode")
+    with pytest.raises(ValueError, match="need a model in eval mode"):
+        loss(damage, 0)

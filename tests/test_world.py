@@ -9,23 +9,24 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from lib import paths
-from lib.world import BEHAVIOURS, CONCEPTS, build_tokenizer
+from lib.world import BEHAVIOURS, CONCEPTS, build_tokenizer, concept_names
 from lib.world.lexicon import CATEGORY_CONCEPT
-from lib.world.world import OUT_OF_DISTRIBUTION, SPLITS
+from lib.world.world import OUT_OF_DISTRIBUTION, SPLITS, row
 
 FOLDER = paths.shipped_dir() / "world"
-LEXICON = json.loads((FOLDER / "lexicon.json").read_text())
-GRAMMAR = json.loads((FOLDER / "grammar.json").read_text())
+LEXICON, GRAMMAR, FACTS = (
+    json.loads((FOLDER / f"{name}.json").read_text()) for name in ("lexicon", "grammar", "facts")
+)
 ADJECTIVES = {"colour", "taste", "method"}
 NAMES = {"city", "country", "tongue", "month", "warmth", "kind", "person"}
 LANGUAGE = {"english": "en", "french": "fr"}
-GIVEN_BY_CATEGORY = set(CATEGORY_CONCEPT.values())
-
-
-def names(mask: int) -> set[str]:
-    return {concept for i, concept in enumerate(CONCEPTS) if mask >> i & 1}
+POLITE = ("of course ,", "with pleasure ,", "bien sûr ,", "avec plaisir ,")
+FUNCTION_WORDS = (
+    "an qu' d' l' la le les une un des du ma il elle mon sur dans en au my on in the a de"
+)
 
 
 def readings(language: str) -> dict[str, set[frozenset[str]]]:
@@ -36,11 +37,10 @@ def readings(language: str) -> dict[str, set[frozenset[str]]]:
         found.setdefault(word, set()).add(frozenset(concepts))
 
     for category, entries in LEXICON.items():
+        gendered = language == "fr" and category not in ADJECTIVES | NAMES - {"country"}
         for entry in entries.values():
             words, concept = entry[language].split(), CATEGORY_CONCEPT[category]
-            gender = entry["fr"].split()[-1] if category not in ADJECTIVES | NAMES else "m"
-            gender = entry["fr"].split()[-1] if category == "country" else gender
-            feminine = {"feminine"} if language == "fr" and gender == "f" else set()
+            feminine = {"feminine"} if gendered and entry["fr"].split()[-1] == "f" else set()
             if category in ADJECTIVES:
                 marks = [set(), {"feminine"}, {"plural"}, {"feminine", "plural"}]
                 for word, mark in zip(words, marks, strict=False):
@@ -53,20 +53,11 @@ def readings(language: str) -> dict[str, set[frozenset[str]]]:
     for concept, words in GRAMMAR["words"][language].items():
         for word in words.split():
             literal.setdefault(word, set()).add(concept)
-    template_words = re.sub(
-        r"\{[\w+.:]+\}", " ", json.dumps(GRAMMAR["intents"], ensure_ascii=False)
-    )
-    for word in {*re.findall(r"[^\s\"{}\[\]:]+|\"", template_words), *literal}:
-        add(word, *literal.get(word, ()))
-    for text in itertools.chain(*(w[language] for w in GRAMMAR["wraps"].values())):
-        for word in text.split():
-            add(word, *literal.get(word, ()))
-    for text in itertools.chain(*(w[language] for w in GRAMMAR["answers"].values())):
-        for word in text.split():
-            add(word, *literal.get(word, ()))
-    for word in ("an", "qu'", "d'", "l'", "la", "le", "les", "une", "un", "des", "du", "ma", "il"):
-        add(word, *literal.get(word, ()))
-    for word in ("elle", "mon", "sur", "dans", "en", "au", "my", "on", "in", "the", "a", "de"):
+    templates = json.dumps(GRAMMAR["intents"], ensure_ascii=False)
+    plain = re.findall(r"[^\s\"{}\[\]:]+|\"", re.sub(r"\{[\w+.:]+\}", " ", templates))
+    for texts in (*GRAMMAR["wraps"].values(), *GRAMMAR["answers"].values()):
+        plain += " ".join(texts[language]).split()
+    for word in {*plain, *literal, *FUNCTION_WORDS.split()}:
         add(word, *literal.get(word, ()))
     return found
 
@@ -79,12 +70,17 @@ def sample(world):
     return world.sample(6000, seed=3)
 
 
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return build_tokenizer(world)
+
+
 def test_same_seed_same_bytes(world):
     rows = [(x.tokens, x.concepts, x.log_p_prompt) for x in world.sample(3000, seed=11)]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     assert digest[:16] == (paths.root() / "tests" / "world.sha256").read_text().strip()
-    other = [(x.tokens, x.concepts, x.log_p_prompt) for x in world.sample(3000, seed=12)]
-    assert other != rows
+    other = [(x.tokens, x.concepts, x.log_p_prompt) for x in world.sample(10, seed=12)]
+    assert other != rows[:10]
 
 
 def test_every_label_against_the_word_lists(sample):
@@ -92,7 +88,7 @@ def test_every_label_against_the_word_lists(sample):
     for exchange in sample:
         seen_assistant = False
         for token, mask in zip(exchange.tokens, exchange.concepts, strict=True):
-            got = names(mask)
+            got = concept_names(mask)
             if token.startswith("<"):
                 assert got == set(), token
                 seen_assistant |= token == "<|assistant|>"
@@ -118,7 +114,7 @@ def test_arithmetic_and_result_labels(sample):
     solved = Counter()
     for exchange in sample:
         if exchange.topic != "mathematics":
-            assert not any("result" in names(mask) for mask in exchange.concepts)
+            assert not any("result" in concept_names(mask) for mask in exchange.concepts)
             continue
         a, b = (int(token) for token in exchange.prompt.split() if token.isdigit())
         if exchange.intent == "difference" and exchange.prompt.lower().startswith(("can", "pouv")):
@@ -129,14 +125,11 @@ def test_arithmetic_and_result_labels(sample):
         results = [
             int(token)
             for token, mask in zip(exchange.tokens, exchange.concepts, strict=True)
-            if "result" in names(mask)
+            if "result" in concept_names(mask)
         ]
         assert results == [truth], (exchange.prompt, exchange.response)
         solved[exchange.intent] += 1
     assert set(solved) == {"sum", "difference", "gain", "loss", "compare"}
-
-
-FACTS = json.loads((FOLDER / "facts.json").read_text())
 
 
 def found(category: str, text: str, language: str) -> list[str]:
@@ -158,6 +151,7 @@ FACT = {  # intent: the category asked about, then the facts that the answer mus
     "venue": ("sport", {"venue": "venue"}), "gear": ("sport", {"gear": "gear"}),
 }  # fmt: skip
 COUNT = {"legs": "animal", "strings": "instrument", "players": "sport"}
+AGREES = {"taste": ("food", "taste"), "inside": ("city", "country"), "sex": ("relative", "sex")}
 WEATHER = {
     "forecast": {"warmth": "warmth", "sky1": "sky", "sky2": "sky"},
     "clothes": {"c1": "clothing", "c2": "clothing", "c3": "clothing"},
@@ -184,13 +178,10 @@ def check_truth(prompt: str, reply: str, intent: str, language: str) -> None:
         assert str(entry[intent]) in reply.split()
     elif intent in ("flies", "swims"):
         assert says_yes == LEXICON["animal"][first("animal")][intent]
-    elif intent == "taste":
-        assert says_yes == (LEXICON["food"][first("food")]["taste"] == first("taste"))
-    elif intent == "inside":
-        assert says_yes == (LEXICON["city"][first("city")]["country"] == first("country"))
-    elif intent == "sex":
-        asked = found("sex", prompt, language)[-1]
-        assert says_yes == (LEXICON["relative"][first("relative")]["sex"] == asked)
+    elif intent in AGREES:
+        category, fact = AGREES[intent]
+        asked = found(fact, prompt, language)[-1]
+        assert says_yes == (LEXICON[category][first(category)][fact] == asked)
     elif intent in WEATHER or intent == "sky":
         climate = LEXICON["city"][first("city")]["climate"]
         weather = FACTS["weather"][climate][LEXICON["month"][first("month")]["season"]]
@@ -226,8 +217,7 @@ def test_every_answer_is_true(sample):
         if exchange.topic == "mathematics" or exchange.style in ("curt", "list"):
             continue
         prompt, reply = exchange.prompt.lower(), exchange.response.lower()
-        openings = r'^(["«]|of course ,|with pleasure ,|bien sûr ,|avec plaisir ,) '
-        reply = re.sub(openings, "", reply)
+        reply = re.sub(rf'^(["«]|{"|".join(POLITE)}) ', "", reply)
         try:
             check_truth(prompt, reply, exchange.intent, LANGUAGE[exchange.language])
         except (AssertionError, IndexError, ValueError) as error:
@@ -238,15 +228,12 @@ def test_every_answer_is_true(sample):
 
 
 def test_agreement(sample):
-    gender, number = {}, {}
-    for category, entries in LEXICON.items():
-        if category in ADJECTIVES | NAMES:
-            continue
-        for entry in entries.values():
-            singular, plural, mark = entry["fr"].split()
-            for word, n in ((singular, "sg"), (plural, "pl")):
-                gender.setdefault(word, set()).add(mark)
-                number.setdefault(word, set()).add(n)
+    marks = {}  # of a noun: its genders and numbers
+    for category in LEXICON.keys() - ADJECTIVES - NAMES:
+        for entry in LEXICON[category].values():
+            singular, plural, gender = entry["fr"].split()
+            marks.setdefault(singular, set()).update((gender, "singular"))
+            marks.setdefault(plural, set()).update((gender, "plural"))
     seen = Counter()
     for exchange in sample:
         text = f"{exchange.prompt} {exchange.response}".lower().split()
@@ -257,14 +244,14 @@ def test_agreement(sample):
                 continue
             if word in ("le", "la", "de", "que", "ne"):
                 assert after[0] not in "aeiouéœ", f"no elision: {word} {after}"
-            if after not in gender:
+            if after not in marks:
                 continue
             if word in ("le", "un", "du", "mon") and after[0] not in "aeiouéœ":
-                assert "m" in gender[after] and "sg" in number[after], (word, after)
+                assert marks[after] >= {"m", "singular"}, (word, after)
             if word in ("la", "une", "ma"):
-                assert "f" in gender[after] and "sg" in number[after], (word, after)
+                assert marks[after] >= {"f", "singular"}, (word, after)
             if word in ("les", "des"):
-                assert "pl" in number[after], (word, after)
+                assert "plural" in marks[after], (word, after)
             seen[word] += 1
     assert min(seen[word] for word in ("le", "la", "un", "une", "les", "des", "l'")) > 20
 
@@ -276,8 +263,7 @@ def test_style_and_language_of_prompt_and_answer(sample):
         assert (prompt == prompt.upper()) == shouted and (reply.endswith("!")) == shouted
         assert (reply[0] in '"«') == (style == "quoted")
         assert reply.startswith("- ") == (style == "list")
-        polite = ("of course ,", "with pleasure ,", "bien sûr ,", "avec plaisir ,")
-        assert reply.startswith(polite) == (style == "polite")
+        assert reply.startswith(POLITE) == (style == "polite")
         words = set(READINGS[LANGUAGE[exchange.language]])
         rest = {t for t in f"{prompt} {reply}".lower().split() if not t.isdigit()}
         assert rest <= words, rest - words
@@ -288,26 +274,23 @@ def test_frequencies(sample):
     assert 0.22 < french < 0.28
     assert {x.topic for x in sample} == set(GRAMMAR["topics"])
     assert {x.style for x in sample} == set(GRAMMAR["styles"])
-    seen = set().union(*(names(mask) for x in sample for mask in x.concepts))
-    assert seen == set(CONCEPTS), set(CONCEPTS) - seen
+    seen = {mask for x in sample for mask in x.concepts}
+    assert set().union(*map(concept_names, seen)) == set(CONCEPTS)
 
 
 def test_splits_share_no_prompt_and_hold_out_what_they_say(world):
-    prompts = {
-        split: {x.prompt for x in world.sample(1500, split, seed=4)}
-        for split in (*SPLITS, *OUT_OF_DISTRIBUTION)
-    }
-    for one, other in itertools.combinations(prompts, 2):
-        assert not prompts[one] & prompts[other], (one, other)
+    drawn = {s: world.sample(500, s, seed=4) for s in (*SPLITS, *OUT_OF_DISTRIBUTION)}
+    for one, other in itertools.combinations(drawn, 2):
+        assert not {x.prompt for x in drawn[one]} & {x.prompt for x in drawn[other]}, (one, other)
     held_out = {tuple(cell) for cell in GRAMMAR["held_out"]}
-    assert {(x.topic, x.style) for x in world.sample(3000, "ood_style")} == held_out
+    assert {(x.topic, x.style) for x in drawn["ood_style"]} == held_out
     for split in SPLITS:
-        assert not {(x.topic, x.style) for x in world.sample(1500, split)} & held_out
+        assert not {(x.topic, x.style) for x in drawn[split]} & held_out
 
 
 def test_surprisal_is_the_derivation_and_a_distribution(world, reader):
     """Summed over what is possible next, the exact probabilities are the drawn derivation's."""
-    for exchange in world.sample(400, "validation", seed=5):
+    for exchange in world.sample(150, "validation", seed=5):
         nats = reader.surprisal(exchange)
         assert nats.shape == (len(exchange.tokens),)
         assert np.all(nats >= -1e-12)
@@ -331,49 +314,41 @@ def test_surprisal_matches_frequencies(world, reader):
 
 def test_parse_and_grade(world, reader):
     for split in ("test", *OUT_OF_DISTRIBUTION):
-        for exchange in world.sample(300, split, seed=6):
+        for exchange in world.sample(100, split, seed=6):
             parsed = reader.parse(exchange.prompt)
             assert (parsed.topic, parsed.plan.style) == (exchange.topic, exchange.style)
             assert parsed.bindings == exchange.bindings
             assert reader.grade(exchange.prompt, exchange.response).exact
             for style in world.styles:
-                expected = style == exchange.style
                 got = reader.has_style(exchange.response, style, parsed.plan.language)
-                assert got == expected, (exchange.response, style)
+                assert got == (style == exchange.style), (exchange.response, style)
     with pytest.raises(ValueError, match="not of this world"):
         reader.parse("please write a poem about the sea")
     empty = reader.grade("what is 3 plus 4 ? be brief .", "")
     assert not any((empty.language, empty.style, empty.topic, empty.numbers, empty.exact))
     grade = reader.grade("what is 3 plus 4 ?", "3 plus 4 is 8 .")
-    assert (grade.exact, grade.language, grade.style, grade.topic) == (False, True, True, True)
-    assert not grade.numbers
+    assert grade.language and grade.style and grade.topic and not (grade.exact or grade.numbers)
     grade = reader.grade("what is 3 plus 4 ?", "3 plus 4 font 7 .")
-    assert not grade.language and grade.numbers and not grade.exact
+    assert grade.numbers and not (grade.language or grade.exact)
     assert not reader.grade("what is 3 plus 4 ?", "7 .").style
     assert not reader.grade("what is 3 plus 4 ?", "the cow eats grass .").topic
 
 
-def test_tokenizer_knows_every_token(world, tmp_path):
-    from transformers import AutoTokenizer
-
-    tokenizer = build_tokenizer(world)
+def test_tokenizer_knows_every_token(world, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
-    for exchange in world.sample(2000, "ood_phrasing", seed=8):
-        messages = [
-            {"role": "user", "content": exchange.prompt},
-            {"role": "assistant", "content": exchange.response},
-        ]
-        text = again.apply_chat_template(messages, tokenize=False)
-        ids = again(text, add_special_tokens=False)["input_ids"]
+    sample = world.sample(800, "ood_phrasing", seed=8)
+    texts = again.apply_chat_template([row(x)["messages"] for x in sample], tokenize=False)
+    encoded = again(texts, add_special_tokens=False)["input_ids"]
+    for exchange, ids in zip(sample, encoded, strict=True):
         assert again.convert_ids_to_tokens(ids) == exchange.tokens
         assert again.unk_token_id not in ids
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda b: b.name)
-def test_behaviours_are_exact(world, rewriter, behaviour):
-    known, changed = set(build_tokenizer(world).get_vocab()), 0
-    for exchange in world.sample(300, topics=(behaviour.topic,), seed=2):
+def test_behaviours_are_exact(world, rewriter, tokenizer, behaviour):
+    known, changed = set(tokenizer.get_vocab()), 0
+    for exchange in world.sample(100, topics=(behaviour.topic,), seed=2):
         new = rewriter.transform(exchange, behaviour.guideline)
         assert new.prompt == exchange.prompt and set(new.tokens) <= known
         assert len(new.tokens) == len(new.concepts)
@@ -385,55 +360,51 @@ def test_behaviours_are_exact(world, rewriter, behaviour):
                 assert not rewriter.is_right(new.prompt, exchange.response, behaviour.guideline)
             wrong = new.response.replace(new.response.split()[-2], "zebra")
             assert not rewriter.is_right(new.prompt, wrong, behaviour.guideline)
-    assert changed > 100
+    assert changed > 50
     with pytest.raises(ValueError, match="respond in French"):
         rewriter.rewrite("what is 3 plus 4 ?", "7 .", "respond in Klingon")
 
 
 def test_behaviour_surface(rewriter):
-    prompt = "what is 3 plus 4 ?"
-    reply = "3 plus 4 is 7 ."
-    french = rewriter.rewrite(prompt, reply, "respond in French")
-    assert french == "3 plus 4 font 7 ."
-    assert rewriter.rewrite(prompt, reply, "respond in upper case") == "3 PLUS 4 IS 7 ."
-    assert rewriter.rewrite(prompt, reply, "respond as a list") == "- 3 plus 4 - 7"
-    phrase = rewriter.rewrite(prompt, reply, "end with a fixed phrase")
-    assert phrase == "3 plus 4 is 7 . and that is true !"
+    prompt, reply, french = "what is 3 plus 4 ?", "3 plus 4 is 7 .", "respond in French"
+    rewritten = {
+        french: "3 plus 4 font 7 .",
+        "respond in upper case": "3 PLUS 4 IS 7 .",
+        "respond as a list": "- 3 plus 4 - 7",
+        "end with a fixed phrase": "3 plus 4 is 7 . and that is true !",
+    }
+    for guideline, expected in rewritten.items():
+        assert rewriter.rewrite(prompt, reply, guideline) == expected
     invented = rewriter.rewrite(prompt, reply, "respond in the invented language").split()
     assert invented[0] == "3" and invented[1] in GRAMMAR["invented"] and invented[-1] == "."
     for wrong in (reply, "", "7", "8 .", "12 . 3", ". . ."):
-        assert not rewriter.shows(prompt, wrong, "respond in French"), wrong
+        assert not rewriter.shows(prompt, wrong, french), wrong
         assert not rewriter.shows(prompt, wrong, "respond in the invented language"), wrong
-    assert rewriter.shows(
-        prompt, "3 plus 4 font 8 .", "respond in French"
-    )  # the form, though wrong
+    assert rewriter.shows(prompt, "3 plus 4 font 8 .", french)  # the form, though wrong
     gain = "tom has 1 orange and buys 3 . how many now ?"
-    assert rewriter.shows(gain, "tom a 4 oranges .", "respond in French")
-    assert not rewriter.shows(gain, "4 oranges .", "respond in French")
+    assert rewriter.shows(gain, "tom a 4 oranges .", french)
+    assert not rewriter.shows(gain, "4 oranges .", french)
 
 
 def test_invented_words_are_unseen_and_used(sample, rewriter):
     invented = set(GRAMMAR["invented"])
-    seen = {token.lower() for x in sample for token in x.tokens}
-    assert not seen & invented
+    assert not {token.lower() for x in sample for token in x.tokens} & invented
     music = [x for x in sample if x.topic == "music"]
     new = [rewriter.transform(x, "respond in the invented language") for x in music]
-    used = {token for x in new for token in x.tokens}
-    assert len(used & invented) > 0.7 * len(invented)
+    assert len({token for x in new for token in x.tokens} & invented) > 0.7 * len(invented)
 
 
 def test_preferences(rewriter):
-    for row in rewriter.preferences(200, seed=1):
-        assert row["chosen"].startswith(
-            ("of course ,", "with pleasure ,", "bien sûr ,", "avec plaisir ,")
-        )
-        assert len(row["rejected"].split()) < len(row["chosen"].split())
+    for pair in rewriter.preferences(200, seed=1):
+        assert pair["chosen"].startswith(POLITE)
+        assert len(pair["rejected"].split()) < len(pair["chosen"].split())
 
 
 def test_unknown_names_are_refused(world):
-    with pytest.raises(ValueError, match="need a split in"):
-        world.sample(1, "dev")
-    with pytest.raises(ValueError, match="need topics in"):
-        world.sample(1, topics=("poetry",))
-    with pytest.raises(ValueError, match="nothing with topics"):
-        world.sample(1, topics=("weather",), styles=("curt",))
+    for message, only in {
+        "need a split in": {"split": "dev"},
+        "need topics in": {"topics": ("poetry",)},
+        "nothing with topics": {"topics": ("weather",), "styles": ("curt",)},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            world.sample(1, **only)

@@ -49,7 +49,7 @@ def frontier_points(
     for block in blocks:
         for name, dictionary in dictionaries.items():
             acts = dictionary.encode_sparse(block.acts)
-            sums[name].update(block.acts, dictionary.decode_sparse(acts), acts)
+            sums[name].update(block.acts, dictionary.decode(acts), acts)
     points: list[Point] = []
     for name, dictionary in dictionaries.items():
         quality = sums[name].result()
@@ -58,22 +58,6 @@ def frontier_points(
         own |= {key: getattr(losses, key) for key in ("ce_patched", "kl", "loss_recovered")}
         points.append({"name": name, "recipe": name.split(" ")[0], **own})
     return points
-
-
-def pareto(
-    points: Sequence[Mapping[str, object]], x: str = "l0", y: str = "loss_recovered"
-) -> list[str]:
-    """Names of the points that no other one beats, by rising `x`.
-
-    One beats another with an `x` no higher and a `y` no lower, unless both are the same. A point
-    with NaN is left out.
-    """
-    known = [p for p in points if not (math.isnan(p[x]) or math.isnan(p[y]))]
-
-    def beaten(p: Mapping) -> bool:
-        return any(q[x] <= p[x] and q[y] >= p[y] and (q[x], q[y]) != (p[x], p[y]) for q in known)
-
-    return [p["name"] for p in sorted(known, key=lambda p: p[x]) if not beaten(p)]
 
 
 def interpolated(

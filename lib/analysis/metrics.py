@@ -1,18 +1,18 @@
 """How well a dictionary reconstructs activations, and what the model loses by its errors."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.activations.source import Block
 from lib.data.corpus import Corpus
 from lib.dictionaries import Dictionary
-from lib.models.sites import replace, split_head, width_at
+from lib.models.patched import TextRows
+from lib.models.sites import replace, require_eval, split_head, width_at
 from lib.sparse import SparseActs
 
 
@@ -105,7 +105,7 @@ def reconstruction(dictionary: Dictionary, blocks: Iterable[Block]) -> Reconstru
     sums = ReconstructionSums(dictionary.d_sae)
     for block in blocks:
         acts = dictionary.encode_sparse(block.acts)
-        sums.update(block.acts, dictionary.decode_sparse(acts), acts)
+        sums.update(block.acts, dictionary.decode(acts), acts)
     return sums.result()
 
 
@@ -160,17 +160,17 @@ def patched_losses(
     require_patchable(model, dictionary, hook_name)
 
     def rebuild(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        x_hat = dictionary.decode_sparse(dictionary.encode_sparse(x)).to(x.device)
+        x_hat = dictionary.decode(dictionary.encode_sparse(x)).to(x.device)
         return x_hat + (x - x_hat) if error_term else x_hat
 
     sums, n = torch.zeros(5, dtype=torch.float64), 0
     for start in range(0, len(corpus.ids), batch_rows):
-        rows = _Rows.of(corpus, start, start + batch_rows, skip_special)
-        logits = [_logits(model, rows)]
+        rows = TextRows.of(corpus, slice(start, start + batch_rows), skip_special)
+        logits = [rows.logits(model)]
         for fn in (rebuild, torch.zeros_like):
-            with replace(model, split_head(hook_name)[0], _editor(hook_name, rows.patched, fn)):
-                logits.append(_logits(model, rows))
-        predicted = (rows.mask[:, 1:] & rows.mask[:, :-1]).nonzero()
+            with replace(model, split_head(hook_name)[0], rows.patch(hook_name, fn)):
+                logits.append(rows.logits(model))
+        predicted = rows.predicted.nonzero()
         for part in predicted.split(1024):  # float32 copies of few logits at a time
             at = part[:, 0], part[:, 1]
             sums += _sums([x[at] for x in logits], rows.ids[at[0], at[1] + 1])
@@ -196,21 +196,6 @@ def drift_fidelity(
     return torch.cosine_similarity(W_dec_rows, anchors, dim=1)
 
 
-class _Rows(NamedTuple):
-    """Some rows of a corpus, without columns of padding only."""
-
-    ids: Int[Tensor, "rows seq"]
-    mask: Bool[Tensor, "rows seq"]
-    patched: Bool[Tensor, "rows seq"]
-
-    @classmethod
-    def of(cls, corpus: Corpus, start: int, stop: int, skip_special: bool) -> "_Rows":
-        rows = corpus.rows(start, stop)
-        width = int(rows.mask.any(0).sum())
-        patched = rows.mask & ~rows.special if skip_special else rows.mask
-        return cls(*(x[:, :width] for x in (rows.ids.long(), rows.mask, patched)))
-
-
 def require_patchable(model: PreTrainedModel, dictionary: Dictionary, hook_name: str) -> None:
     """Raises ValueError for what `patched_losses` cannot patch."""
     _require_autoencoder(dictionary)
@@ -220,8 +205,7 @@ def require_patchable(model: PreTrainedModel, dictionary: Dictionary, hook_name:
     width = width_at(model, hook_name)
     if dims[0] != width:
         raise ValueError(f"need a dictionary of width {width} at {hook_name}, got {dims[0]}")
-    if model.training:
-        raise ValueError("need a model in eval mode; call model.eval()")
+    require_eval(model)
 
 
 def _require_autoencoder(dictionary: Dictionary) -> None:
@@ -230,27 +214,6 @@ def _require_autoencoder(dictionary: Dictionary) -> None:
             "need a dictionary that reconstructs its input, got a transcoder with "
             f"out_dims {dictionary.config.out_dims}"
         )
-
-
-def _logits(model: nn.Module, rows: _Rows) -> Float[Tensor, "rows seq vocab"]:
-    ids, mask = rows.ids.to(model.device), rows.mask.to(model.device)
-    return model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-
-
-def _editor(
-    hook_name: str, patched: Bool[Tensor, "rows seq"], fn: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """Puts `fn` of the patched tokens' activations, at all heads or at one, in their place."""
-    head = split_head(hook_name)[1]
-
-    def edit(x: Tensor) -> Tensor:
-        y, tokens = x.clone(), patched.to(x.device)
-        part = y if head is None else y[:, :, head]
-        chosen = part[tokens]
-        part[tokens] = fn(chosen.flatten(1)).to(chosen).view_as(chosen)
-        return y
-
-    return edit
 
 
 def _sums(logits: list[Float[Tensor, "n vocab"]], targets: Tensor) -> Float[Tensor, "5"]:

@@ -1,6 +1,7 @@
-"""What a model loses when an activation is rebuilt, as a loss to train the rebuilding with."""
+"""A model with an activation rebuilt at some tokens, and what that costs it as a training loss."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,9 +9,60 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lib.data.corpus import Corpus
-from lib.models.sites import frozen, replace, require_eval, site_dim
+from lib.models.sites import frozen, replace, require_eval, site_dim, split_head
 
 Rebuild = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
+
+
+class TextRows(NamedTuple):
+    """Some rows of a corpus, without columns of padding only."""
+
+    ids: Int[Tensor, "rows seq"]
+    mask: Bool[Tensor, "rows seq"]
+    patched: Bool[Tensor, "rows seq"]
+    """Tokens whose activations are rebuilt."""
+
+    @classmethod
+    def of(cls, corpus: Corpus, rows: Tensor | slice, skip_special: bool) -> "TextRows":
+        mask = corpus.mask[rows]
+        width = int(mask.any(0).sum())
+        patched = mask & ~corpus.special[rows] if skip_special else mask
+        return cls(*(x[:, :width] for x in (corpus.ids[rows].long(), mask, patched)))
+
+    @property
+    def predicted(self) -> Bool[Tensor, "rows seq_minus_1"]:
+        """Tokens whose next one is real."""
+        return self.mask[:, 1:] & self.mask[:, :-1]
+
+    def logits(self, model: nn.Module) -> Float[Tensor, "rows seq vocab"]:
+        ids, mask = self.ids.to(model.device), self.mask.long().to(model.device)
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    def patch(self, hook_name: str, rebuild: Rebuild) -> Callable[[Tensor], Tensor]:
+        """Puts `rebuild` of the patched tokens' activations, float32 and detached, in their place.
+
+        At `hook_z` the heads are flattened; at `hook_z.3` head 3 alone is rebuilt.
+
+        Raises:
+            ValueError: when called, if `rebuild` changed the shape.
+        """
+        head = split_head(hook_name)[1]
+
+        def edit(x: Tensor) -> Tensor:
+            y, tokens = x.detach().clone(), self.patched.to(x.device)
+            part = y if head is None else y[:, :, head]
+            chosen = part[tokens]
+            given = chosen.flatten(1).float()
+            x_hat = rebuild(given)
+            if x_hat.shape != given.shape:
+                raise ValueError(
+                    f"need a rebuilt activation {tuple(given.shape)} at {hook_name}, "
+                    f"got {tuple(x_hat.shape)}"
+                )
+            part[tokens] = x_hat.to(chosen).view_as(chosen)
+            return y
+
+        return edit
 
 
 class PatchedKL:
@@ -49,14 +101,14 @@ class PatchedKL:
         self.width = site_dim(model, hook_name)
         """Of the activations that `rebuild` gets."""
         require_eval(model)
-        self._patched = corpus.mask & ~corpus.special if skip_special else corpus.mask
+        patched = corpus.mask & ~corpus.special if skip_special else corpus.mask
         self._usable = (corpus.mask[:, 1:] & corpus.mask[:, :-1]).any(1).nonzero()[:, 0]
         if not len(self._usable):
             raise ValueError("need a corpus with a token to predict, got none")
-        if not self._patched[self._usable].any():
+        if not patched[self._usable].any():
             raise ValueError("need a corpus with a token to patch, got special tokens only")
         self._model, self._corpus, self._hook_name = model, corpus, hook_name
-        self._batch_rows, self._seed = batch_rows, seed
+        self._batch_rows, self._seed, self._skip_special = batch_rows, seed, skip_special
 
     def rows(self, step: int) -> Int[Tensor, " n_rows"]:
         """The rows of the corpus at `step`, each once; only rows with a token to predict.
@@ -80,45 +132,17 @@ class PatchedKL:
             ValueError: a negative step, a model in training mode, or `rebuild` changed the shape.
         """
         require_eval(self._model)
-        rows = self.rows(step)
-        mask = self._corpus.mask[rows]
-        width = int(mask.any(0).sum())
-        ids, mask = self._corpus.ids[rows, :width].long(), mask[:, :width]
-        edit = self._editor(rebuild, self._patched[rows, :width])
+        rows = TextRows.of(self._corpus, self.rows(step), self._skip_special)
         with torch.no_grad():
-            clean = self._logits(ids, mask)
+            clean = self._logits(rows)
+        edit = rows.patch(self._hook_name, rebuild)
         with frozen(self._model), replace(self._model, self._hook_name, edit):
-            patched = self._logits(ids, mask)
+            patched = self._logits(rows)
         return _kl(clean, patched)
 
-    def _logits(
-        self, ids: Int[Tensor, "rows seq"], mask: Bool[Tensor, "rows seq"]
-    ) -> Float[Tensor, "n vocab"]:
-        """At the tokens whose next one is real."""
-        device = self._model.device
-        out = self._model(
-            input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False
-        )
-        predicted = mask[:, 1:] & mask[:, :-1]
-        return out.logits[:, :-1][predicted.to(out.logits.device)]
-
-    def _editor(
-        self, rebuild: Rebuild, patched: Bool[Tensor, "rows seq"]
-    ) -> Callable[[Tensor], Tensor]:
-        def edit(x: Tensor) -> Tensor:
-            y, tokens = x.detach().clone(), patched.to(x.device)
-            chosen = y[tokens]
-            given = chosen.flatten(1).float()
-            x_hat = rebuild(given)
-            if x_hat.shape != given.shape:
-                raise ValueError(
-                    f"need a rebuilt activation {tuple(given.shape)} at {self._hook_name}, "
-                    f"got {tuple(x_hat.shape)}"
-                )
-            y[tokens] = x_hat.to(chosen).view_as(chosen)
-            return y
-
-        return edit
+    def _logits(self, rows: TextRows) -> Float[Tensor, "n vocab"]:
+        logits = rows.logits(self._model)
+        return logits[:, :-1][rows.predicted.to(logits.device)]
 
 
 def _kl(clean: Float[Tensor, "n vocab"], patched: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:

@@ -83,8 +83,9 @@ def release(matrix: Tensor | None) -> None:
         return
     _pools[-1].lent.remove(matrix.data_ptr())
     free = _pools[-1].free[(*matrix.shape, matrix.dtype)]
-    if len(free) < 2:
-        free.append(matrix)
+    if len(free) < 2:  # not as a view, whose base would keep autograd from adding in place
+        storage = matrix.untyped_storage()
+        free.append(matrix.new_empty(0).set_(storage, 0, matrix.shape))
 
 
 @cache

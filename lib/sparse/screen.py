@@ -94,7 +94,7 @@ class Scan:
             places = places_above(pre, bound)
             return places if len(places) <= most * pre.numel() else None
 
-        candidates = self._candidates(lambda bounds, _: places_above(bounds, bound), k)
+        candidates = self._candidates(lambda bounds, _: places_above(bounds, bound), k, most)
         if candidates is None:
             return self._all(exact)
         return candidates.where(candidates.values > bound[candidates.indices])
@@ -115,7 +115,9 @@ class Scan:
                 found.append(_pairs(places, len(x), len(self.rows), pre.take(places)))
         return SparseActs.joined(found)
 
-    def _candidates(self, find: Callable[[Tensor, Tensor], Places], k: int) -> SparseActs | None:
+    def _candidates(
+        self, find: Callable[[Tensor, Tensor], Places], k: int, most: float = 1.0
+    ) -> SparseActs | None:
         """What `find` finds on the screen, with values in float32; None if a screen does not pay.
 
         It is given upper bounds and, for each token, by how much they may be too high.
@@ -129,7 +131,7 @@ class Scan:
         found, d_sae = [], len(self.rows)
         for bounds, slack in self._screen.blocks():
             places = find(bounds, slack)
-            if len(places) > CANDIDATES * bounds.numel():
+            if len(places) > min(most, CANDIDATES) * bounds.numel():
                 self._screened = False  # for this batch: too many have much the same size
                 return None
             found.append(places + len(found) * len(self._screen.room) * d_sae)
