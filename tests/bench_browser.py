@@ -8,9 +8,7 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -21,6 +19,7 @@ from lib import paths
 from lib.display import FeatureBrowser
 from lib.latents import LatentRecord
 from lib.models import load_model
+from tests.bench_measure import seconds
 
 ALWAYS, VOCABULARY = 4, 500
 
@@ -63,30 +62,23 @@ def main(args: argparse.Namespace) -> None:
     record = made_up(args.n_tokens, args.n_latents, args.l0, args.seq)
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     model, _ = load_model(paths.shipped_dir() / "models" / "tiny-gemma2", device="cpu")
-    build = partial(
-        FeatureBrowser,
+    start = time.perf_counter()
+    browser = FeatureBrowser(
         record,
         PreTrainedTokenizerFast(tokenizer_object=words),
         source=Directions(model, args.n_latents),
         labels={latent: f"latent number {latent}" for latent in range(args.n_latents)},
     )
-    spent, browser = ms(build)
+    spent = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{len(record.indices):,} pairs: {spent / 1000:.1f} s to build, peak {peak:.1f} GiB")
+    print(f"{len(record.indices):,} pairs: {spent:.1f} s to build, peak {peak:.1f} GiB")
     for name, latents in (
         ("random latents", torch.randint(args.n_latents, (50,)).tolist()),
         ("most frequent latents", record.firing_rate().argsort(descending=True)[:20].tolist()),
     ):
-        times = [ms(partial(browser.select, latent))[0] for latent in latents]
+        times = [1000 * seconds(partial(browser.select, n), cuda=False) for n in latents]
         print(f"{name}: median {statistics.median(times):.0f} ms, max {max(times):.0f} ms")
-    print(f"search: {ms(partial(browser.search, 'number 12'))[0]:.0f} ms")
-
-
-def ms(function: Callable) -> tuple[float, Any]:
-    """How long a call took, and what it gave."""
-    start = time.perf_counter()
-    found = function()
-    return 1000 * (time.perf_counter() - start), found
+    print(f"search: {1000 * seconds(partial(browser.search, 'number 12'), cuda=False):.0f} ms")
 
 
 if __name__ == "__main__":

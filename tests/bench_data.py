@@ -15,6 +15,7 @@ from lib.data.chats import load_chats
 from lib.data.tokens import tokenize_chats
 from lib.world import Reader, World, build_tokenizer
 from lib.world.world import row
+from tests.bench_measure import seconds
 
 
 def megabytes() -> float:
@@ -23,18 +24,16 @@ def megabytes() -> float:
 
 
 def main(n_chats: int) -> None:
-    world = World()
-    began = time.perf_counter()
-    sample = world.sample(100_000)
-    print(f"100,000 exchanges of the world: {time.perf_counter() - began:.1f} s (bar: 10)")
-    reader, began = Reader(world), time.perf_counter()
-    for exchange in sample[:5000]:
-        reader.parse(exchange.prompt)
-    print(f"parse: {(time.perf_counter() - began) / 5:.2f} ms a prompt")
-    began = time.perf_counter()
-    for exchange in sample[:500]:
-        reader.surprisal(exchange)
-    print(f"exact surprisal: {(time.perf_counter() - began) * 2:.1f} ms a chat")
+    world, sample = World(), []
+    spent = seconds(lambda: sample.extend(world.sample(100_000)), cuda=False)
+    print(f"100,000 exchanges of the world: {spent:.1f} s (bar: 10)")
+    reader = Reader(world)
+    for name, function, n in (
+        ("parse a prompt", lambda x: reader.parse(x.prompt), 5000),
+        ("exact surprisal of a chat", reader.surprisal, 500),
+    ):
+        spent = seconds(lambda f=function, n=n: [f(x) for x in sample[:n]], cuda=False)
+        print(f"{name}: {1000 * spent / n:.2f} ms")
     del sample
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "chats.jsonl"
@@ -48,8 +47,8 @@ def main(n_chats: int) -> None:
         rows, truncation = tokenize_chats(chats, build_tokenizer(world), max_len=64)
         for i, _ in enumerate(rows, start=1):
             if i in (n_chats // 100, n_chats // 10, n_chats // 2, n_chats):
-                seconds = time.perf_counter() - began
-                print(f"{i:>9,} chats streamed, {megabytes():.0f} MB, {seconds:.0f} s", flush=True)
+                spent = time.perf_counter() - began
+                print(f"{i:>9,} chats streamed, {megabytes():.0f} MB, {spent:.0f} s", flush=True)
         print(truncation)
 
 

@@ -38,11 +38,10 @@ def restricted_to_active(dictionary: Dictionary, x: torch.Tensor) -> SaeLora:
     adapter = SaeLora(dictionary, SaeLoraConfig(n_read=N_LATENTS, n_write=N_LATENTS))
     often = (dictionary.encode(x) > 0).sum(0).argsort(descending=True)
     masks = torch.zeros(2, adapter.d_sae, dtype=torch.bool)
-    masks[0, often[:N_LATENTS]] = True
-    masks[1, often[N_LATENTS : 2 * N_LATENTS]] = True
+    for mask, latents in zip(masks, often.split(N_LATENTS), strict=False):
+        mask[latents] = True
     adapter = adapter.restricted(read=masks[0], write=masks[1])
     adapter.scale.fill_(1.0)
-    assert len(adapter.read_support) == len(adapter.write_support) == N_LATENTS
     assert not torch.equal(adapter(x), x)
     return adapter
 

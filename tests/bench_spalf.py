@@ -30,8 +30,7 @@ class Bench(Site):
         self.n_steps = args.n_tokens // args.batch_size
 
     def spalf(self, n_anchored: int = 0, on_log=None, **changes) -> SpalfFit:
-        shape = {"n_steps": self.n_steps, "d_sae": self.args.d_sae[0]}
-        config = SpalfConfig(**shape | {"phase_2": not self.args.phase_1_only} | changes)
+        config = SpalfConfig(**{"n_steps": self.n_steps, "d_sae": self.args.d_sae[0]} | changes)
         anchors = None
         if n_anchored:
             ids = frequent_tokens(self.train, n_anchored)
@@ -61,22 +60,20 @@ class Bench(Site):
         found = self.spalf(**settings)
         seconds = time.perf_counter() - began
         (point,) = self.points({"spalf": found.dictionary})
+        show(f"{name} seed {settings['seed']}", point, seconds)
         slack = {n: round(g, 2) for n, g in found.history[-1]["violations"].items()}
-        end = f"phase 2 at {found.phase_2_at} reached {found.reached} {slack}"
-        show(f"{name} seed {settings['seed']}", point, seconds, end)
+        print(f"   phase 2 at {found.phase_2_at} reached {found.reached} {slack}", flush=True)
         return point
 
 
-def show(name: str, point: dict, seconds: float, end: str = "") -> None:
+def show(name: str, point: dict, seconds: float) -> None:
     keys = ("r2", "l0", "loss_recovered", "kl", "dead", "f1")
     text = " ".join(f"{key} {point[key]:.4f}" for key in keys)
-    print(f"{name:34} {text} {seconds:.0f} s {end}", flush=True)
+    print(f"{name:34} {text} {seconds:.0f} s", flush=True)
 
 
 def targets(bench: Bench) -> None:
-    settings = [{"r2_target": r} for r in bench.args.r2_target]
-    settings += [] if bench.args.only_targets else [{"lr": 1e-4}, {"lr": 9e-4}]
-    for setting in settings:
+    for setting in [{"r2_target": r} for r in bench.args.r2_target] + [{"lr": 1e-4}, {"lr": 9e-4}]:
         rows = [bench.shown(f"{setting}", seed=s, **setting) for s in range(bench.args.seeds)]
         columns = {key: [row[key] for row in rows] for key in ("r2", "l0", "loss_recovered", "f1")}
         print(f"{setting}", *(f"{k} {spread(v)}" for k, v in columns.items()), flush=True)
@@ -148,8 +145,6 @@ if __name__ == "__main__":
     parser.add_argument("--k", nargs="+", type=int, default=[4, 8, 12, 16, 24])
     parser.add_argument("--peer_lr", nargs="+", type=float, default=[5e-3])
     parser.add_argument("--n_tokens", type=int, default=500_000)
-    parser.add_argument("--only_targets", action="store_true", help="not lr x 1/3 and x 3")
-    parser.add_argument("--phase_1_only", action="store_true")
     parser.set_defaults(batch_size=512, n_eval=100_000)
     args = parser.parse_args()
     COMMANDS[args.what](Bench(args))

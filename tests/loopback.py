@@ -1,31 +1,35 @@
 """A chat-completions server on 127.0.0.1 that misbehaves on demand.
 
-`with Loopback(fault=...) as server: ... server.url`. It answers what `lib.data.rewrite` asks by
-simple rules: a prompt with a digit is about mathematics, and every rewriting puts "[FR] " before
-the response.
+In tests: `with Loopback(fault=...) as server: ... server.url`. By hand, for a notebook:
+`python -m tests.loopback --port 8765`, then `base_url=http://127.0.0.1:8765/v1`. It answers what
+`lib.data.rewrite` asks by simple rules: a prompt with digits or number words is about mathematics,
+and every rewriting puts "[FR] " before the response.
 """
 
+import argparse
+import contextlib
 import json
+import multiprocessing
+import re
 import ssl
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
 
 from tests.kills import kill
 
 TLS = ssl.create_default_context()
-KEY = "sk-loopback-0123456789-secret"
+NUMBERS = "one two three four five six seven eight nine ten plus minus sum number percent"
+MATHS = re.compile(rf"\d|\b({'|'.join(NUMBERS.split())})\b", re.IGNORECASE)
 
 
 def question(body: dict) -> dict:
     """The data of a request: the first line of its messages that is a JSON object."""
     lines = body["messages"][0]["content"].splitlines()
-    return json.loads(next(line for line in lines if line.startswith("{")))
+    return json.loads(next((line for line in lines if line.startswith("{")), "{}"))
 
 
 def by_rules(body: dict) -> dict[str, Any]:
@@ -33,12 +37,12 @@ def by_rules(body: dict) -> dict[str, Any]:
     data = question(body)
     if "response" in data:
         return {"response": f"[FR] {data['response']}"}
-    maths = any(letter.isdigit() for letter in data["prompt"])
+    maths = bool(MATHS.search(data.get("prompt", "")))
     return {"topic": "mathematics" if maths else "something else", "matches": maths}
 
 
 def isolate(monkeypatch: Any, root: Path) -> None:
-    """No key, address, `.env` or proxy of the developer's; short back-off.
+    """For tests: no key, address, `.env` or proxy of the developer's; short back-off.
 
     Reading the machine's certificates takes 0.1 s a client, so that is done once.
     """
@@ -50,16 +54,12 @@ def isolate(monkeypatch: Any, root: Path) -> None:
     monkeypatch.setattr("ssl.create_default_context", lambda *args, **kwargs: TLS)
 
 
-def first(n: int, fault: str) -> Callable[[int, dict], str | None]:
-    """`fault` for the first n requests, then none."""
-    return lambda number, body: fault if number <= n else None
-
-
 class Loopback(ThreadingHTTPServer):
     """`fault(number, body)` names what goes wrong with that request, counted from 1:
 
-    `429`, `429 after 1.5` (Retry-After), `500`, `400`, `slow 0.5`, `drop` (half a reply), `html`,
-    `broken` (no JSON), `schema` (wrong fields), `fenced`, `refusal`, `cut`, `no usage`, or None.
+    a status (`429`, `429 after 90` with Retry-After), `silent`, `trickle`, `drop` (half a reply),
+    `html`, `broken` (no JSON), `schema` (wrong fields), `fenced`, `refusal`, `cut`, `no usage`, or
+    None.
     """
 
     daemon_threads = True
@@ -68,49 +68,72 @@ class Loopback(ThreadingHTTPServer):
     def __init__(
         self,
         *,
+        port: int = 0,
         answer: Callable[[dict], dict] = by_rules,
         fault: Callable[[int, dict], str | None] = lambda number, body: None,
         key: str | None = None,
         model: str | None = None,
         refused_options: tuple[str, ...] = (),
-        latency: float = 0.0,
         completion_tokens: int = 10,
     ) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", port), Handler)
         self.answer, self.fault, self.key, self.model = answer, fault, key, model
-        self.refused_options, self.latency = refused_options, latency
-        self.completion_tokens = completion_tokens
-        self.lock = threading.Lock()
+        self.refused_options, self.completion_tokens = refused_options, completion_tokens
+        self.lock, self.closing = threading.Lock(), threading.Event()
         self.bodies: list[dict] = []
-        self.times: list[float] = []
-        self.answered: Counter[str] = Counter()  # whole valid answers, by content
         self.in_flight = self.most_in_flight = 0
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
+    def settings(self, folder: Path, **settings: Any) -> dict[str, Any]:
+        """For `LlmConfig`: patient enough for a busy machine, and a cache below `folder`."""
+        known = {"model": "m", "base_url": self.url, "cache_dir": str(folder / "cache")}
+        return known | {"max_retries": 2, "max_concurrency": 4, "timeout": 20.0} | settings
+
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.closing.set()
         self.shutdown()
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is part of the tests."""
 
-    def kill_after(self, n_answered: int, process: BaseProcess) -> int:
-        """Kill a client after so many answers; returns how many requests it had sent."""
-        deadline = time.monotonic() + 60
-        while self.answered.total() < n_answered and time.monotonic() < deadline:
+
+@contextlib.contextmanager
+def killed_after(n_kept: int, job: Callable[[], None], server: Loopback, cache: Path) -> Iterator:
+    """Run `job` in a process and kill it with `n_kept` answers on disk; then `server` serves on.
+
+    Later requests are held until then, so the job cannot end before. It is forked, so that nothing
+    is imported again, before the server has threads.
+    """
+    dead = threading.Event()
+
+    def hold(number: int, body: dict) -> None:
+        if number > n_kept:
+            dead.wait()
+
+    server.fault = hold
+    process = multiprocessing.get_context("fork").Process(target=job)
+    process.start()
+    with server:
+        while process.is_alive() and not (cache.exists() and _n_lines(cache) >= n_kept):
             time.sleep(0.002)
         kill(process)
-        time.sleep(0.2)
-        while self.in_flight:
+        dead.set()
+        while server.in_flight:
             time.sleep(0.002)
-        return len(self.bodies)
+        assert _n_lines(cache) == n_kept <= len(server.bodies) <= n_kept + 4
+        yield
+
+
+def _n_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -126,52 +149,46 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.bodies.append(body)
-            server.times.append(time.monotonic())
             number = len(server.bodies)
             server.in_flight += 1
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
         try:
-            time.sleep(server.latency)
-            self._reply(body, server.fault(number, body) or "")
+            reply = self._reply(body, server.fault(number, body) or "")
         finally:
-            with server.lock:
+            with server.lock:  # before the reply: the client may be quicker than this thread
                 server.in_flight -= 1
+        if reply:
+            self._send(*reply)
 
-    def _reply(self, body: dict, fault: str) -> None:
+    def _reply(self, body: dict, fault: str) -> tuple | None:
+        """Status, body and headers; None if there is no whole reply to send."""
         kind, _, value = fault.partition(" ")
         if problem := self._problem(body):
-            self._error(*problem)
-        elif kind in ("400", "429", "500", "503"):
-            after = {"Retry-After": value.removeprefix("after ")} if value else {}
-            self._error(int(kind), f"asked to fail with {kind}", **after)
-        elif kind == "html":
-            self._send(200, b"<html>a proxy's page</html>", **{"Content-Type": "text/html"})
-        elif kind == "drop":
-            self._send(200, b'{"choices": [', **{"Content-Length": "1000"})
-            self.close_connection = True
-        else:
-            if kind == "slow":
-                time.sleep(float(value))
-            self._send(200, self._completion(body, fault))
-            if kind in ("", "slow", "fenced", "no"):
-                with self.server.lock:
-                    self.server.answered[json.dumps(body["messages"])] += 1
+            return problem
+        if kind.isdigit():
+            headers = {"Retry-After": value.removeprefix("after ")} if value else {}
+            return *_error(int(kind), f"asked to fail with {kind}"), headers
+        if kind == "html":
+            return 200, "<html>a proxy's page</html>", {"Content-Type": "text/html"}
+        if kind in ("silent", "trickle", "drop"):
+            return self._stall(kind)
+        return 200, self._completion(body, fault)
 
-    def _problem(self, body: dict) -> tuple[int, str] | None:
+    def _problem(self, body: dict) -> tuple | None:
         server = self.server
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if server.key and given != server.key:
-            return 401, f"Incorrect API key provided: {given}"
+            return _error(401, f"Incorrect API key provided: {given}")
         if server.model and body["model"] != server.model:
-            return 404, f"The model {body['model']} does not exist"
+            return _error(404, f"The model {body['model']} does not exist")
         for name in server.refused_options:
             if name in body:
-                return 400, f"Unsupported parameter: '{name}' is not supported with this model."
+                return _error(400, f"Unsupported parameter: '{name}' is not supported here.")
         return None
 
-    def _completion(self, body: dict, fault: str) -> bytes:
+    def _completion(self, body: dict, fault: str) -> dict:
         content = json.dumps({"unknown": 1} if fault == "schema" else self.server.answer(body))
-        message = {"role": "assistant", "content": content}
+        message: dict[str, Any] = {"role": "assistant", "content": content}
         if fault == "broken":
             message["content"] = content[: len(content) // 2]
         if fault == "fenced":
@@ -179,23 +196,46 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "refusal":
             message |= {"content": None, "refusal": "I will not."}
         reason = "length" if fault == "cut" else "stop"
+        usage = {"prompt_tokens": 100, "completion_tokens": self.server.completion_tokens}
         choice = {"index": 0, "message": message, "finish_reason": reason}
         completion = {"id": "x", "object": "chat.completion", "created": 0, "choices": [choice]}
-        completion["model"] = body["model"]
-        if fault != "no usage":
-            tokens = self.server.completion_tokens
-            completion["usage"] = {"prompt_tokens": 100, "completion_tokens": tokens}
-        return json.dumps(completion).encode()
+        return completion | ({} if fault == "no usage" else {"usage": usage})
 
-    def _error(self, status: int, message: str, **headers: str) -> None:
-        error = {"message": message, "type": "error", "param": None, "code": None}
-        self._send(status, json.dumps({"error": error}).encode(), **headers)
+    def _stall(self, kind: str) -> None:
+        self.close_connection = True
+        if kind != "silent":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n{")
+        while kind != "drop" and not self.server.closing.wait(0.02):
+            self.wfile.write(b" " if kind == "trickle" else b"")
 
-    def _send(self, status: int, data: bytes, **headers: str) -> None:
+    def _send(self, status: int, body: dict | str, headers: dict[str, str] | None = None) -> None:
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(data))} | headers
-        for name, value in headers.items():
+        for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
             self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
-        self.wfile.flush()
+
+
+def _error(status: int, message: str) -> tuple[int, dict]:
+    return status, {"error": {"message": message, "type": "error", "param": None, "code": None}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--key", help="the only key that is let in")
+    parser.add_argument("--fault", help="what goes wrong with every tenth request, e.g. 500")
+    args = parser.parse_args()
+
+    def fault(number: int, body: dict) -> str | None:
+        return args.fault if number % 10 == 0 else None
+
+    server = Loopback(port=args.port, key=args.key, fault=fault)
+    print(f"listening on {server.url}", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # the first optimiser would import it, for a second and more
+from torch.nn.functional import normalize
 
 from lib.activations.buffer import Buffer
 from lib.spalf import Anchors, SpalfConfig, SpalfFit, train_spalf
@@ -12,19 +13,15 @@ from tests.fit_worker import Planted
 D_IN, N_STEPS = 16, 60
 
 
-def planted() -> torch.Tensor:
-    """The 24 unit directions of `Planted`."""
-    directions = torch.randn(24, D_IN, generator=torch.Generator().manual_seed(99))
-    return directions / directions.norm(dim=1, keepdim=True)
-
-
 def config(**changes) -> SpalfConfig:
     defaults = {"n_steps": N_STEPS, "d_sae": 48, "l0_target": 4.0, "r2_target": 0.6, "lr": 2e-5}
     return SpalfConfig(**defaults | {"log_every": 5, "checkpoint_every": 4} | changes)
 
 
 def anchors(n: int = 4) -> Anchors:
-    return Anchors(torch.arange(n) + 100, 3 * planted()[:n])
+    """The first directions of `Planted`."""
+    directions = torch.randn(24, D_IN, generator=torch.Generator().manual_seed(99))
+    return Anchors(torch.arange(n) + 100, 3 * normalize(directions, dim=1)[:n])
 
 
 def stream(batch_size: int = 128) -> Buffer:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ PACKAGES = (
 ).split()
 PYTHONS = ("3.11", "3.12", "3.13")
 LAYERS = (
-    "paths runtime", "data", "models", "activations", "dictionaries", "spalf adapters", "latents",
-    "analysis", "display",
+    "paths runtime sparse", "world runs", "data", "models", "activations", "training",
+    "dictionaries", "spalf latents", "adapters", "analysis", "display",
 )  # fmt: skip
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split()}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -86,33 +87,53 @@ def test_conda_environment_agrees():
     assert pip["pip"] == ["--constraint constraints.txt", *PACKAGES, "--editable .[dev]"]
 
 
-def imports(tree: ast.AST):
-    for node in ast.walk(tree):
+LIB = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in sorted((ROOT / "lib").rglob("*.py"))
+}
+
+
+def imported(name: str) -> set[str]:
+    """Modules of `lib` that a module imports, wherever in its text."""
+    found = set()
+    for node in ast.walk(ast.parse(LIB[name].read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lib":
-            parts = node.module.split(".")
-            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & LIB.keys()
+            found |= inner or {node.module}
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("lib."))
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "lib"}
+    return found
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "lib").rglob("*.py")), ids=lambda f: f.stem)
-def test_layers_look_downward(file):
-    """`runs` stands apart: it may import only `paths` and `runtime`, and nobody imports it."""
-    part = file.relative_to(ROOT / "lib").parts[0].removesuffix(".py")
-    found = set(imports(ast.parse(file.read_text())))
-    if part == "__init__":
-        assert not found
-    elif part == "runs":
-        assert found <= {"paths", "runtime", "runs"}
-    else:
-        assert all(RANK[name] <= RANK[part] for name in found), (part, found)
+def test_layers_look_downward():
+    """A room may import its own layer's rooms and lower ones."""
+    upward = {
+        (name, other)
+        for name in LIB.keys() - {"lib"}
+        for other in imported(name)
+        if RANK[other.split(".")[1]] > RANK[name.split(".")[1]]
+    }
+    assert not upward and not imported("lib")
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """A package's `__init__` counts for the modules that it offers, not for those that need it."""
+    graph = {name: imported(name) for name in LIB}
+    for name, others in graph.items():
+        graph[name] = {other for other in others if not name.startswith(f"{other}.")}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(LIB)
+
+
+def test_imports_stand_at_the_top():
+    """Inside a function or behind TYPE_CHECKING they would hide a circle."""
+    for name, file in LIB.items():
+        text = file.read_text()
+        assert "TYPE_CHECKING" not in text, name
+        assert not re.search(r"^[ \t]+(from|import) lib\b", text, re.M), name
 
 
 def test_importing_lib_has_no_effects():
-    modules = sorted(
-        ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        for file in (ROOT / "lib").rglob("*.py")
-    )
+    modules = sorted(LIB)
     code = f"""
 import importlib, random, torch
 state = torch.get_rng_state(), random.getstate(), torch.get_num_threads()

@@ -247,37 +247,31 @@ def test_only_free_rows_are_normalized_and_projected():
     torch.testing.assert_close(left[3:], grad[3:] - along)
 
 
+@pytest.mark.parametrize("n_anchored", [0, 3])
 @torch.no_grad()
-def assert_same(raw, dictionary: StratifiedDictionary, whitener: Whitener, scale: float) -> None:
+def test_folded_out_does_the_same_on_raw_activations(n_anchored, tmp_path):
+    import sae_lens
+
+    names = {"hook_names": ("blocks.1.hook_resid_post",), "model_name": "tiny"}
+    dictionary, whitener, scale = started(n_anchored=n_anchored, **names)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in dictionary.parameters():  # as after training: anchored rows of other lengths
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    dictionary.normalize_decoder_()
+    raw = dictionary.folded_out(whitener, scale)
+    assert type(raw) is Dictionary and not raw.training
+    assert raw.config.unit_norm_decoder == (n_anchored == 0)
+    folder = raw.save(tmp_path / "d")
+    loaded = Dictionary.load(folder)
+    assert loaded.config == raw.config and loaded.config.hook_names == names["hook_names"]
     x = activations(500, seed=4)
     acts = dictionary.encode(whitener(x))
     x_hat = dictionary.decode(acts) / scale + whitener.mean
     assert 0 < (acts > 0).float().mean() < 0.5
     size = (acts / scale).abs().max().item()
-    torch.testing.assert_close(raw.encode(x), acts / scale, rtol=1e-4, atol=1e-4 * size)
-    torch.testing.assert_close(raw(x), x_hat, rtol=1e-4, atol=1e-4 * x.abs().max().item())
-
-
-@pytest.mark.parametrize("n_anchored", [0, 3])
-def test_folded_out_does_the_same_on_raw_activations(n_anchored, tmp_path):
-    import sae_lens
-
-    names = {"hook_names": ("blocks.1.hook_resid_post",), "model_name": "tiny"}
-    trained = started(n_anchored=n_anchored, **names)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():  # as after training: anchored rows have other lengths
-        for parameter in trained[0].parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    trained[0].normalize_decoder_()
-    raw = trained[0].folded_out(*trained[1:])
-    assert type(raw) is Dictionary and not raw.training
-    assert raw.config.unit_norm_decoder == (n_anchored == 0)
-    assert_same(raw, *trained)
-    folder = raw.save(tmp_path / "d")
-    loaded = Dictionary.load(folder)
-    assert loaded.config == raw.config and loaded.config.hook_names == names["hook_names"]
-    assert_same(loaded, *trained)
-    assert_same(sae_lens.SAE.load_from_disk(folder), *trained)
+    for it in (raw, loaded, sae_lens.SAE.load_from_disk(folder)):
+        torch.testing.assert_close(it.encode(x), acts / scale, rtol=1e-4, atol=1e-4 * size)
+        torch.testing.assert_close(it(x), x_hat, rtol=1e-4, atol=1e-4 * x.abs().max().item())
 
 
 @pytest.mark.parametrize(

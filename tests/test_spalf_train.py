@@ -288,6 +288,7 @@ def test_switches_do_what_they_say():
         assert type(fresh(quick(law=law)).control.law) is kind
 
 
+@pytest.mark.slow
 def test_only_revival_brings_a_dead_latent_back():
     """Latent 7 has a threshold that it just never reaches, and is long known to be dead."""
     fired, moved, x = {}, {}, torch.cat([Planted().block(i).acts for i in range(12)])

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, Field
 
 from lib.data.llm import Failure, Llm, LlmConfig, Request
 
@@ -13,26 +13,17 @@ Chat = tuple[str, str]
 """Prompt and response."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    topic: str
+class Job(BaseModel, frozen=True):
+    topic: str = Field(pattern=r"\S")
     """Prompts about this get a rewritten response."""
-    guideline: str
+    guideline: str = Field(pattern=r"\S")
     """What a rewritten response follows, for instance "respond in French"."""
-    n_rewritten: int
+    n_rewritten: int = Field(ge=1)
     """Rows whose response is rewritten."""
-    n_untouched: int
+    n_untouched: int = Field(ge=1)
     """Rows about something else, as they were."""
     seed: int
     """Order in which rows are visited."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_rewritten", "n_untouched"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"need {name} >= 1, got {getattr(self, name)}")
-        for name in ("topic", "guideline"):
-            if not getattr(self, name).strip():
-                raise ValueError(f"need a {name}, got {getattr(self, name)!r}")
 
 
 @runtime_checkable
@@ -65,8 +56,10 @@ class WorldBackend:
         self.world = world
 
     def prepare(self, job: Job, chats: Iterable[Chat]) -> None:
-        _require_known("topic", job.topic, self.world.topics)
-        _require_known("guideline", job.guideline, self.world.guidelines)
+        for name in ("topic", "guideline"):
+            got, known = getattr(job, name), getattr(self.world, f"{name}s")
+            if got not in known:
+                raise ValueError(f"need {name} to be one of {', '.join(known)}; got {got!r}")
 
     def classify(self, prompts: Sequence[str], topic: str) -> list[str | Failure]:
         return [_attempt(self.world.topic_of, prompt) for prompt in prompts]
@@ -85,19 +78,12 @@ def _attempt(function: Callable[..., str], *arguments: str) -> str | Failure:
         return Failure(str(error))
 
 
-def _require_known(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"need {name} of the world, one of {', '.join(known)}; got {value!r}")
-
-
-class Label(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Label(BaseModel, extra="forbid"):
     topic: str
     matches: bool
 
 
-class Rewriting(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Rewriting(BaseModel, extra="forbid"):
     response: str
 
 
@@ -146,33 +132,31 @@ class LlmBackend:
         return [a.response if isinstance(a, Rewriting) else a for a in answers]
 
     def describe(self) -> dict[str, Any]:
-        settings = asdict(self.llm.config) | {"base_url": self.llm.base_url}
-        del settings["cache_dir"]
-        return {"name": self.name, **settings, "usage": asdict(self.llm.usage)}
+        settings = self.llm.config.model_dump(exclude={"base_url", "cache_dir"})
+        where = {"name": self.name, "base_url": self.llm.base_url}
+        return {**where, **settings, "usage": asdict(self.llm.usage)}
 
     def _classify(self, prompt: str, topic: str) -> Request:
         return _request(CLASSIFY.format(topic=topic), {"prompt": prompt}, Label, 128)
 
     def _rewrite(self, chat: Chat, guideline: str) -> Request:
         prompt, response = chat
-        data = {"prompt": prompt, "response": response}
         limit = 256 + len(response.encode())  # about four times the response's tokens
+        data = {"prompt": prompt, "response": response}
         return _request(REWRITE.format(guideline=guideline), data, Rewriting, limit)
 
 
 def _request(task: str, data: dict[str, str], answer: type[BaseModel], limit: int) -> Request:
-    content = f"{task}\n\n{json.dumps(data, ensure_ascii=False)}"
-    return Request(
-        messages=({"role": "user", "content": content},), answer=answer, max_output_tokens=limit
-    )
+    message = {"role": "user", "content": f"{task}\n\n{json.dumps(data, ensure_ascii=False)}"}
+    return Request(messages=(message,), answer=answer, max_output_tokens=limit)
 
 
 def _label(answer: BaseModel | Failure, topic: str) -> str | Failure:
     if not isinstance(answer, Label):
         return answer
-    label = " ".join(answer.topic.lower().split())[:60]
     if answer.matches:
         return topic
+    label = " ".join(answer.topic.lower().split())[:60]
     if label in ("", topic.lower()):
         return Failure(f"contradictory classification: topic {label!r}, matches false")
     return label

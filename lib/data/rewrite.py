@@ -11,8 +11,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,11 @@ import numpy as np
 from datasets import Dataset
 
 from lib import paths
-from lib.data.backends import Backend, Chat, Job, LlmBackend, WorldBackend
+from lib.data.backends import Backend, Job, LlmBackend, WorldBackend
 from lib.data.llm import Failure
-from lib.runtime import atomic_folder, require_writable
+from lib.runtime import atomic_folder, require_writable, sha256
 
-__all__ = [
-    "Backend",
-    "BehaviourDataset",
-    "Chat",
-    "Job",
-    "LlmBackend",
-    "WorldBackend",
-    "build_behaviour",
-]
+__all__ = ["BehaviourDataset", "LlmBackend", "WorldBackend", "build_behaviour"]
 
 CHUNK = 32  # rows classified at a time, at least
 PROVENANCE = "provenance.json"
@@ -74,22 +65,16 @@ def build_behaviour(
         OSError: `out_dir` cannot be written, or holds something else.
         BudgetExceeded, EndpointError: as `Llm.ask`.
     """
-    job = Job(
-        topic=topic,
-        guideline=guideline,
-        n_rewritten=n_rewritten,
-        n_untouched=n_untouched,
-        seed=seed,
-    )
+    counts = {"n_rewritten": n_rewritten, "n_untouched": n_untouched}
+    job = Job(topic=topic, guideline=guideline, seed=seed, **counts)
     folder = _require_free(paths.resolve(out_dir))
     source = {"n": len(chats), "sha256": _check(chats, job)}
-    order = np.random.default_rng(seed).permutation(len(chats)).tolist()
-    backend.prepare(job, ((chats[i]["prompt"], chats[i]["response"]) for i in order))
-    selection = _Selection(chats, job, backend, order)
-    selection.run()
-    rows = list(selection.rows())
-    provenance = {**asdict(job), "source": source, "counts": selection.counts()}
-    provenance["backend"] = backend.describe()
+    chats = chats.select(np.random.default_rng(seed).permutation(len(chats)), keep_in_memory=True)
+    backend.prepare(job, ((row["prompt"], row["response"]) for row in chats))
+    selection = _Selection(chats, job, backend)
+    rows = selection.run()
+    counts, described = selection.counts(), backend.describe()
+    provenance = {**job.model_dump(), "source": source, "counts": counts, "backend": described}
     return _save(folder, rows, selection.failed, provenance)
 
 
@@ -106,11 +91,8 @@ def _check(chats: Dataset, job: Job) -> str:
     """Check every row; returns a hash of ids, prompts and responses."""
     if missing := {"id", "prompt", "response"} - set(chats.column_names):
         raise ValueError(f"need columns {sorted(missing)}; got {chats.column_names}")
-    if len(chats) < job.n_rewritten + job.n_untouched:
-        raise ValueError(
-            f"need at least n_rewritten + n_untouched = {job.n_rewritten + job.n_untouched} rows, "
-            f"got {len(chats)}"
-        )
+    if len(chats) < (need := job.n_rewritten + job.n_untouched):
+        raise ValueError(f"need at least n_rewritten + n_untouched = {need} rows, got {len(chats)}")
     seen: set[str] = set()
     digest = hashlib.sha256()
     for row in chats.select_columns(["id", "prompt", "response"]):
@@ -126,40 +108,40 @@ def _check(chats: Dataset, job: Job) -> str:
 
 
 class _Selection:
-    """Goes through the rows in `order` until enough are found."""
+    """Goes through the rows in their order until enough are found."""
 
-    def __init__(self, chats: Dataset, job: Job, backend: Backend, order: list[int]) -> None:
-        self.chats, self.job, self.backend, self.order = chats, job, backend, order
-        self.queue: Iterator[int] = iter(order)
+    def __init__(self, chats: Dataset, job: Job, backend: Backend) -> None:
+        self.chats, self.job, self.backend = chats, job, backend
+        self.queue = iter(range(len(chats)))
         self.labels: dict[int, str] = {}
         self.matching: list[int] = []  # not rewritten yet
         self.others: list[int] = []
         self.rewritten: dict[int, str] = {}
         self.failed: list[dict[str, Any]] = []
 
-    def run(self) -> None:
-        while missing := self.job.n_rewritten - len(self.rewritten):
-            self._classify_until(missing)
+    def run(self) -> list[dict[str, Any]]:
+        """The selected rows, in their order."""
+        n_rewritten, n_untouched = self.job.n_rewritten, self.job.n_untouched
+        while missing := n_rewritten - len(self.rewritten):
+            wanted = ((self.matching, missing), (self.others, n_untouched))
+            while n := sum(max(0, n - len(found)) for found, n in wanted):
+                self._classify(max(n, CHUNK))
             batch, self.matching = self.matching[:missing], self.matching[missing:]
             self._rewrite(batch)
+        return [self._row(i) for i in sorted([*self.rewritten, *self.others[:n_untouched]])]
 
-    def _classify_until(self, n_matching: int) -> None:
-        def missing() -> int:
-            wanted = n_matching - len(self.matching), self.job.n_untouched - len(self.others)
-            return sum(max(0, n) for n in wanted)
-
-        while n := missing():
-            chunk = list(itertools.islice(self.queue, max(n, CHUNK)))
-            if not chunk:
-                raise ValueError(self._too_few())
-            prompts = [self.chats[i]["prompt"] for i in chunk]
-            answers = self.backend.classify(prompts, self.job.topic)
-            for i, label in zip(chunk, answers, strict=True):
-                if isinstance(label, Failure):
-                    self._put_aside(i, "classify", label.reason)
-                    continue
-                self.labels[i] = label
-                (self.matching if label == self.job.topic else self.others).append(i)
+    def _classify(self, n: int) -> None:
+        chunk = list(itertools.islice(self.queue, n))
+        if not chunk:
+            raise ValueError(self._too_few())
+        prompts = [self.chats[i]["prompt"] for i in chunk]
+        answers = self.backend.classify(prompts, self.job.topic)
+        for i, label in zip(chunk, answers, strict=True):
+            if isinstance(label, Failure):
+                self._put_aside(i, "classify", label.reason)
+                continue
+            self.labels[i] = label
+            (self.matching if label == self.job.topic else self.others).append(i)
 
     def _rewrite(self, batch: list[int]) -> None:
         chats = [(self.chats[i]["prompt"], self.chats[i]["response"]) for i in batch]
@@ -175,53 +157,41 @@ class _Selection:
 
     def _put_aside(self, i: int, step: str, reason: str) -> None:
         row = {key: self.chats[i][key] for key in ("id", "prompt", "response")}
-        label = self.labels.get(i)
-        self.failed.append({**row, "topic": label, "step": step, "reason": reason})
+        self.failed.append(row | {"topic": self.labels.get(i), "step": step, "reason": reason})
 
     def _too_few(self) -> str:
-        job, labels = self.job, Counter(self.labels.values())
-        n_usable, n_others = len(self.matching) + len(self.rewritten), len(self.others)
+        job, labels, reasons = self.job, self.counts()["topics"], self.counts()["failed_reasons"]
+        n_usable = len(self.matching) + len(self.rewritten)
         problems = []
-        if labels[job.topic] == 0:
+        if job.topic not in labels:
             near = difflib.get_close_matches(job.topic, labels, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else "choose one of the topics seen"
             problems.append(f"no prompt is about {job.topic!r}; {hint}")
         elif n_usable < job.n_rewritten:
-            problems.append(
-                f"need {job.n_rewritten} rows about {job.topic!r}, found only {n_usable} "
-                "whose rewriting did not fail"
-            )
-        if n_others < job.n_untouched:
-            problems.append(
-                f"need {job.n_untouched} rows about something else, found only {n_others}"
-            )
-        seen = ", ".join(f"{name} {n}" for name, n in labels.most_common(20)) or "none"
+            found = f"found only {n_usable} whose rewriting did not fail"
+            problems.append(f"need {job.n_rewritten} rows about {job.topic!r}, {found}")
+        if (n := len(self.others)) < job.n_untouched:
+            problems.append(f"need {job.n_untouched} rows about something else, found only {n}")
+        seen = ", ".join(f"{name} {n}" for name, n in [*labels.items()][:20]) or "none"
         problems.append(f"{len(self.labels)} prompts classified; topics seen: {seen}")
-        if self.failed:
-            reason, n = Counter(row["reason"] for row in self.failed).most_common(1)[0]
+        if reasons:
+            reason, n = next(iter(reasons.items()))
             problems.append(f"{len(self.failed)} rows failed, {n} of them: {reason}")
         return ". ".join(problems)
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        untouched = set(self.others[: self.job.n_untouched])
-        for i in self.order:
-            if i in untouched:
-                yield self._row(i, self.chats[i]["response"], None)
-            elif i in self.rewritten:
-                yield self._row(i, self.rewritten[i], self.job.guideline)
-
-    def _row(self, i: int, response: str, guideline: str | None) -> dict[str, Any]:
-        chat = self.chats[i]
+    def _row(self, i: int) -> dict[str, Any]:
+        chat, rewritten = self.chats[i], i in self.rewritten
+        response = self.rewritten.get(i, chat["response"])
         before = chat.get("messages", [])[:-1] or [{"role": "user", "content": chat["prompt"]}]
         return {
-            "id": f"{chat['id']}:{'rewritten' if guideline else 'untouched'}",
+            "id": f"{chat['id']}:{'rewritten' if rewritten else 'untouched'}",
             "messages": [*before, {"role": "assistant", "content": response}],
             "prompt": chat["prompt"],
             "response": response,
             "topic": self.labels[i],
-            "rewritten": guideline is not None,
+            "rewritten": rewritten,
             "original_response": chat["response"],
-            "guideline": guideline,
+            "guideline": self.job.guideline if rewritten else None,
             "backend": self.backend.name,
             "model": self.backend.model,
             "source_id": str(chat["id"]),
@@ -241,19 +211,14 @@ class _Selection:
 def _save(
     folder: Path, rows: list[dict[str, Any]], failed: list[dict[str, Any]], provenance: dict
 ) -> BehaviourDataset:
+    files = {"train.jsonl": rows, "failed.jsonl": failed}
     with atomic_folder(folder) as new:
         Dataset.from_list(rows).save_to_disk(new / "dataset")
-        files = {"train.jsonl": rows, "failed.jsonl": failed}
-        hashes = {name: _write_jsonl(new / name, lines) for name, lines in files.items()}
-        provenance = {**provenance, "sha256": hashes}
+        for name, lines in files.items():
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            (new / name).write_bytes(text.encode())
+        provenance = {**provenance, "sha256": {name: sha256(new / name) for name in files}}
         text = json.dumps(provenance, indent=2, ensure_ascii=False)
         (new / PROVENANCE).write_text(text, encoding="utf-8")
-    return BehaviourDataset(
-        Dataset.load_from_disk(str(folder / "dataset")), failed, provenance, folder
-    )
-
-
-def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    path.write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
+    dataset = Dataset.load_from_disk(str(folder / "dataset"))
+    return BehaviourDataset(dataset, failed, provenance, folder)
