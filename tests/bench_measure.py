@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import gc
 import json
 import os
 import statistics
@@ -221,7 +220,6 @@ def watch_memory(cuda: bool) -> Callable[[], float]:
 
     Without a GPU needs Linux and glibc.
     """
-    gc.collect()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests import bench_measure, bench_training
-from tests.bench_measure import Floor, planted
 from tests.bench_peers import LIBRARIES
 from tests.speed import training_speed
 
@@ -59,8 +58,8 @@ def test_floor_and_memory_count_bytes(amx, monkeypatch):
     monkeypatch.setattr(bench_measure, "worth_a_screen", lambda *_: amx)
     adam, gathered = 7 * 4 * 2 * 16 * 64, 3 * 2 * 32 * 4 * 16
     assert bench_measure.traffic(replace(setup, device="cuda")) == adam + gathered
-    x = planted(setup, 1)[0]
-    floor = Floor(setup, x, x.new_zeros(64, 16))
+    x = bench_measure.planted(setup, 1)[0]
+    floor = bench_measure.Floor(setup, x, x.new_zeros(64, 16))
     floor.sample()
     assert [len(spent) for spent in floor.seconds.values()] == [1] * (2 + amx)
     spent = {"gemm": [0.001, 0.002, 0.003], "copy": [1, 2, 3], "low_gemm": [1e-4, 3e-4, 5e-4]}

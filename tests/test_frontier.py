@@ -78,7 +78,7 @@ def test_interpolation_refuses():
 def measured(gemma):
     """Model, corpus, site and blocks of activations."""
     model, tokenizer = gemma
-    corpus = load_corpus("world", tokenizer, n_tokens=1500, seq_len=64, split="test", seed=9)
+    corpus = load_corpus("world", tokenizer, n_tokens=600, seq_len=64, split="test", seed=9)
     source = Harvester([model], corpus, HarvestConfig(hook_names=(SITE,)))
     return model, corpus, SITE, [source.block(i) for i in range(source.n_blocks)]
 

@@ -88,13 +88,6 @@ def test_save_load_changes_nothing(rule, options, tmp_path):
         torch.testing.assert_close(found, right, atol=1e-6, rtol=1e-6)
 
 
-def test_saving_replaces_the_folder_whole(tmp_path):
-    shaken(Gated()).save(tmp_path)
-    (tmp_path / CONFIG).unlink()
-    saved = shaken(TopK(k=3)).save(tmp_path)
-    assert isinstance(Dictionary.load(saved).config.rule, TopK)
-
-
 def test_a_row_of_norm_zero_is_no_damage(tmp_path):
     dictionary = shaken(BatchTopK(k=5))
     with torch.no_grad():

@@ -19,7 +19,6 @@ from lib.dictionaries import Dictionary, DictionaryConfig
 from lib.dictionaries.rules import TopK
 from lib.latents.source import DictionarySource
 from lib.latents.steering import scale
-from lib.models import load_model
 from lib.models.generate import answer
 from tests import lab
 
@@ -125,15 +124,7 @@ def choose(page: Page, words: str) -> int:
     return int(latent)
 
 
-def steered(latent: int, prompt: str, factor: float) -> str:
-    """The tiny model's answer with a latent scaled."""
-    model, tokenizer = load_model(MODEL, device="cpu")
-    source = DictionarySource(model, Dictionary.load(DICTIONARY))
-    with source.edited({latent: scale(factor)}):
-        return answer(model, tokenizer, [prompt])[0]
-
-
-def test_the_browser_in_jupyterlab(server, folder, page, tmp_path):
+def test_the_browser_in_jupyterlab(server, folder, page, tmp_path, gemma, shipped_sae):
     about = {"model": str(MODEL), "dictionary": str(DICTIONARY), "dataset": "world"}
     lab.write_notebook(folder / "browser.ipynb", [LOAD.format(**about), BROWSE])
     lab.open_notebook(page, server, "browser.ipynb")
@@ -156,7 +147,10 @@ def test_the_browser_in_jupyterlab(server, folder, page, tmp_path):
     page.locator(".fb-prompt textarea").fill(prompt)
     page.locator(".fb-run").click()
     expect(reply).to_contain_text("the banjo has 5 strings .")
-    answers = {factor: steered(latent, prompt, factor) for factor in (-5.0, 10.0)}
+    answers = {}
+    for factor in (-5.0, 10.0):
+        with DictionarySource(gemma[0], shipped_sae).edited({latent: scale(factor)}):
+            (answers[factor],) = answer(*gemma, [prompt])
     assert len({"the banjo has 5 strings .", *answers.values()}) == 3
     for share, factor in ((0.0, -5.0), (1.0, 10.0)):
         lab.click_slider(page.locator(".fb-slider"), share)
@@ -175,9 +169,8 @@ def test_notebook_01_in_jupyterlab(server, folder, page):
         "n_prompts": 5, "record_tokens": 4000, "dense_lora": False, "device": "cpu",
     }  # fmt: skip
     notebook = nbformat.read(paths.root() / "notebooks" / "01_sae_lora.ipynb", 4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    lines = [f"{name} = {value!r}" for name, value in small.items()]
-    cells[0].source += "\n" + "\n".join(lines)
+    parameters = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    parameters.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
     nbformat.write(notebook, folder / "01_sae_lora.ipynb")
     lab.open_notebook(page, server, "01_sae_lora.ipynb")
     lab.run_all(page, seconds=240)
@@ -216,11 +209,8 @@ def hostile(tmp_path_factory) -> dict[str, str]:
     rows = [[HOSTILE[i] for i in torch.randperm(len(HOSTILE))] for _ in range(50)]
     lines = [json.dumps({"text": "\n".join(row)}) for row in rows]
     (here / "corpus.jsonl").write_text("\n".join(lines))
-    return {
-        "model": str(here),
-        "dictionary": str(here / "dictionary"),
-        "dataset": str(here / "corpus.jsonl"),
-    }
+    files = {"model": here, "dictionary": here / "dictionary", "dataset": here / "corpus.jsonl"}
+    return {name: str(path) for name, path in files.items()}
 
 
 @pytest.mark.parametrize("text", RUNS)
@@ -264,8 +254,7 @@ def test_hostile_text_in_jupyterlab(server, folder, page, hostile):
     page.locator(".fb-search input").fill(f"~{RUNS[0]}")
     expect(page.locator(".fb-message")).to_contain_text(RUNS[0])
     expect(page.locator("#typeset mjx-container")).to_be_attached()  # the last of all outputs
-    for name in ("examples", "card", "answer"):
-        assert page.locator(f".fb-{name} :is({FOREIGN})").count() == 0
+    assert page.locator(f":is(.fb-examples, .fb-card, .fb-answer) :is({FOREIGN})").count() == 0
     outputs = page.locator(".jp-CodeCell").nth(2).locator(".jp-RenderedHTMLCommon")
     expect(outputs).to_have_count(3)
     for output in outputs.all():
@@ -277,10 +266,8 @@ def test_hostile_text_in_jupyterlab(server, folder, page, hostile):
 def test_hostile_text_in_a_page_of_its_own(page, hostile, tmp_path):
     names = {}
     exec(LOAD.format(**hostile), names)
-    browser = names["FeatureBrowser"](
-        names["record"], names["tokenizer"], source=names["source"],
-        labels=names["labels"], title=RUNS[1],
-    )  # fmt: skip
+    parts = {name: names[name] for name in ("record", "tokenizer", "source", "labels")}
+    browser = names["FeatureBrowser"](**parts, title=RUNS[1])
     page.goto(browser.to_html(tmp_path / "page.html").as_uri())
     assert page.title() == RUNS[1]
     for name in ("main", "nav"):

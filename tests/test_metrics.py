@@ -237,22 +237,6 @@ def test_all_heads_and_one_head(model, corpus):
     assert found.ce_zero != exact.ce_zero
 
 
-def test_the_patch_sees_what_harvesting_gives(model, corpus):
-    """Same tokens, same order: the dictionary under the patch encodes the harvested activations."""
-    seen = []
-
-    class Spy(Dictionary):
-        def encode_sparse(self, x):
-            seen.append(x)
-            return super().encode_sparse(x)
-
-    spy = Spy(DictionaryConfig(site_dims=(32,), d_sae=40, rule=TopK(k=3))).eval()
-    patched_losses(model, spy, corpus, SITE, batch_rows=5)
-    harvester = Harvester([model], corpus, HarvestConfig(hook_names=(SITE,), batch_rows=5))
-    acts = torch.cat([harvester.block(i).acts for i in range(harvester.n_blocks)])
-    torch.testing.assert_close(torch.cat(seen), acts)
-
-
 def test_half_precision_model(model, corpus):
     found = patched_losses(copy.deepcopy(model).bfloat16(), half(), corpus, SITE)
     expected = patched_losses(model, half(), corpus, SITE)
@@ -282,7 +266,7 @@ def test_patching_refuses(model, corpus):
 def test_shipped_dictionaries_reconstruct_their_model(gemma):
     """Small samples of what `make saes` measured, with room for their sampling error."""
     model, tokenizer = gemma
-    corpus = load_corpus("world", tokenizer, n_tokens=4000, seq_len=64, split="test", seed=9)
+    corpus = load_corpus("world", tokenizer, n_tokens=2000, seq_len=64, split="test", seed=9)
     found = load_dictionaries(paths.shipped_dir() / "saes" / "tiny-gemma2")
     assert list(found) == ["matryoshka", "topk"]
     for (name, dictionary), fvu in zip(found.items(), (0.061, 0.043), strict=True):

@@ -469,6 +469,7 @@ def test_resume_from_any_checkpoint_is_bit_exact(changes, model, dictionary, tmp
         assert timeless(again.history) == expected, step
 
 
+@pytest.mark.slow
 def test_an_adapter_that_was_interrupted_goes_on_itself(model, dictionary, tmp_path):
     settings = config(sparsity="hard_concrete", n_steps=12, n_refit=6)
     whole, cut = (SaeLora(dictionary, settings) for _ in range(2))

@@ -31,8 +31,6 @@ from tests.spalf_worker import D_IN, N_STEPS, anchors, config, patched_kl, strea
 pytestmark = pytest.mark.filterwarnings("ignore:r2_target", "ignore:constraint 'kl'")
 CPU = torch.device("cpu")
 STORED = Path(__file__).parent / "spalf_trajectory.json"
-ALL = {"W_enc", "b_enc", "W_dec", "b_dec", "log_threshold"}
-REACH = {"faithfulness": ALL, "drift": {"W_dec"}, "orthogonality": {"W_dec"}, "kl": ALL}
 same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
@@ -205,6 +203,8 @@ def test_phase_2_is_not_entered_once_the_learning_rate_falls():
 
 
 def test_every_constraint_is_live_and_every_parameter_moves(monkeypatch):
+    every = {"W_enc", "b_enc", "W_dec", "b_dec", "log_threshold"}
+    reach = {"faithfulness": every, "drift": {"W_dec"}, "orthogonality": {"W_dec"}, "kl": every}
     trainer, grads, reached = calibrated(), {}, {}
     d = trainer.dictionary
     trainer.numbers |= {"kl_bound": 0.01, "phase_2_at": 0.0}
@@ -230,7 +230,7 @@ def test_every_constraint_is_live_and_every_parameter_moves(monkeypatch):
     monkeypatch.setattr(descent, "lagrangian", watched)
     trainer.optimizer.step = kept
     assert trainer.step(0, next(stream())).keys() == {"l0", "r2"}
-    assert {*names} == ALL and reached == REACH and trainer.latest.keys() == REACH.keys()
+    assert {*names} == every and reached == reach and trainer.latest.keys() == reach.keys()
     for name, parameter in d.named_parameters():
         assert (grads[parameter] != 0).any() and grads[parameter].isfinite().all(), name
         assert not torch.equal(parameter, before[name]), name
@@ -420,13 +420,13 @@ def test_what_a_run_leaves_in_its_folder(finished, tmp_path, capsys):
 def test_loading_what_is_not_there_or_not_done(finished, tmp_path):
     with pytest.raises(FileNotFoundError, match="need a checkpoint of SPALF"):
         SpalfFit.load(tmp_path)
-    newest = tmp_path / f"checkpoint-{N_STEPS}"
-    shutil.copytree(finished[1] / newest.name, newest)
+    newest = shutil.copytree(finished[1], tmp_path / "copy") / f"checkpoint-{N_STEPS}"
+    shutil.rmtree(newest.with_name("dictionary"))
     with pytest.raises(FileNotFoundError, match="dictionary"):
-        SpalfFit.load(tmp_path)
+        SpalfFit.load(newest.parent)
     (newest / "metadata.json").write_text("{")
     with pytest.raises(ValueError, match="damaged: metadata.json"):
-        SpalfFit.load(tmp_path)
+        SpalfFit.load(newest.parent)
 
 
 def test_resume_with_another_config_lists_what_differs(finished, tmp_path):

@@ -56,9 +56,11 @@ class Feed:
         Raises:
             ValueError: the stream has none.
         """
+        at, self.at = self.at, "step 0"
         batch = next(self, None)
         if batch is None:
             raise ValueError("the stream ended at step 0; need a batch for every step")
+        self.at = at
         self._ahead.append(batch)
         return batch
 

@@ -37,8 +37,17 @@ def tracker(kind: str, folder: Path, config: dict) -> Iterator[Log]:
     else:
         live = WandBTracker("latent-bench", dir=str(folder))
     live.start()
-    live.store_init_configuration(config)
+    live.store_init_configuration(dict(_flat(config)))
     try:
         yield lambda values, step: live.log(values, step=step)
     finally:
         live.finish()
+
+
+def _flat(config: dict, where: str = "") -> Iterator[tuple[str, str | float]]:
+    """Numbers as they are, all else as text, under dotted names."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{where}{key}.")
+        else:
+            yield f"{where}{key}", value if isinstance(value, int | float) else str(value)
