@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS ?= dev
+# Processes side by side, each with one thread.
+PARALLEL := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -23,8 +25,9 @@ demo: .venv/installed-$(EXTRAS)
 	@echo "To change and run them yourself: make lab"
 
 test: .venv/installed-$(EXTRAS) chromium
-	HF_HUB_OFFLINE=1 $(BIN)/pytest tests
-	HF_HUB_OFFLINE=1 $(BIN)/pytest --nbmake --nbmake-timeout=600 notebooks
+	$(PARALLEL) $(BIN)/pytest -n auto --dist worksteal -m "not slow" tests
+	$(PARALLEL) LATENT_BENCH_TYPES=0 $(BIN)/pytest -n auto --dist worksteal -m slow tests
+	$(PARALLEL) $(BIN)/pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
 
 # The browser that tests/test_lab.py drives. Where it cannot be installed, that test is skipped.
 chromium:

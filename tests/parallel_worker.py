@@ -17,7 +17,7 @@ from lib.training import distributed
 from tests.fit_worker import OFTEN, Planted, stream
 from tests.small_fits import screening
 
-N_STEPS = 24
+N_STEPS = 20
 RECIPES = {
     "topk": recipes.topk(k=2),
     "batchtopk": recipes.batchtopk(k=2),

@@ -122,7 +122,7 @@ def test_text_stops_when_it_has_enough(tokenizer, words, tmp_path):
     file = write(tmp_path / "texts.jsonl", texts)
     corpus = load_corpus(file, tokenizer, n_tokens=100, seq_len=8)
     assert corpus.ids.shape == (13, 8)
-    with pytest.raises(ValueError, match=r"line 601: need text in column text, got int"):
+    with pytest.raises(ValueError, match=r"row 601: need text in column text, got int"):
         load_corpus(file, tokenizer, n_tokens=10**6, seq_len=8)
 
 
@@ -164,7 +164,7 @@ def test_bad_chats_raise_or_are_left_out(tokenizer, world, tmp_path):
     good = [{"messages": chat["messages"]} for chat in world.chats(3, seed=2)]
     bad = {"messages": [{"role": "user", "content": "alone"}]}
     file = write(tmp_path / "c.jsonl", [good[0], bad, *good[1:]])
-    with pytest.raises(ValueError, match="line 2.*no assistant turn"):
+    with pytest.raises(ValueError, match="row 2.*the assistant last"):
         load_corpus(file, tokenizer, n_tokens=9999, seq_len=64)
     assert len(load_corpus(file, tokenizer, n_tokens=9999, seq_len=64, skip_bad=True).ids) == 3
 

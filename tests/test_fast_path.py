@@ -28,6 +28,8 @@ from tests.small_fits import (
     watched,
 )
 
+pytestmark = pytest.mark.slow
+
 N_STEPS, BATCH, D_SAE, K = 300, 64, 384, 8
 FIT = FitConfig(n_steps=N_STEPS, lr=1e-3, dead_after=8 * BATCH, log_every=N_STEPS)
 

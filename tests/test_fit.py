@@ -16,6 +16,8 @@ from tests import fit_worker
 from tests.fit_worker import Planted, config, plans, stream
 from tests.small_fits import same
 
+pytestmark = pytest.mark.slow
+
 RECIPES = {
     "standard": recipes.standard(l1=0.3),
     "standard_resample": recipes.standard_resample(l1=0.3),

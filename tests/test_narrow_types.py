@@ -10,6 +10,8 @@ from lib.dictionaries import FitConfig, recipes
 from lib.dictionaries.trainer import DictionaryTrainer
 from tests.small_fits import SPARSE, learnt, planted, same, started, stopped_and_resumed, watched
 
+pytestmark = pytest.mark.slow
+
 BNB = importlib.util.find_spec("bitsandbytes")
 
 

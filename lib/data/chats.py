@@ -1,53 +1,49 @@
 """Chat datasets: load and check; `lib.data.mixing` mixes and splits them.
 
-Everything is a memory-mapped `datasets.Dataset` (an `IterableDataset` when streaming). Columns:
-
-| column | chats | preferences |
-|---|---|---|
-| `id` | text, unique; a hash of the content where the input has none | same |
-| `messages` | the whole chat, `[{role, content}]`, ending with an assistant turn | |
-| `prompt` | text of the last user turn | the turns before the answer, as messages |
-| `response` | text of the last assistant turn | |
-| `chosen`, `rejected` | | one assistant turn each, as messages |
-
-`topic`, `source` and HelpSteer's five scores come along where the input has them. TRL's DPOTrainer
-takes preferences as they are. Its SFTTrainer wants `messages` alone, because it takes a `prompt`
-beside them for a prompt-completion pair: give it `chats.select_columns("messages")`.
+A chat has `id` (a hash of the content where the input has none), `messages` (all of it, as `[{role,
+content}]`), `prompt` and `response` (text of the last user and assistant turns); a preference pair
+has `id`, `prompt` (the turns before the answer), `chosen` and `rejected` (one assistant turn each).
+`topic`, `source` and HelpSteer's scores come along where the input has them. TRL's DPOTrainer takes
+pairs as they are, its SFTTrainer `chats.select_columns("messages")`.
 """
 
+import csv
 import hashlib
 import itertools
 import json
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+import re
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import (
-    Dataset,
-    Features,
-    IterableDataset,
-    List,
-    Value,
-)
+import datasets
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.arrow_writer import ArrowWriter
 
-from lib.data import schemas, sources
-from lib.data.store import write_dataset
+from lib.paths import data_dir, resolve
+from lib.runtime import require_writable, sha256
 
-logger = logging.getLogger(__name__)
+SCHEMAS: dict[str, tuple[str, ...]] = {
+    "preferences": ("chosen", "rejected"),  # answers with `prompt`, whole chats, HH transcripts
+    "messages": ("messages",),
+    "ShareGPT": ("conversations",),
+    "Alpaca": ("instruction", "output"),  # and `input`, which may be empty
+    "prompt/response": ("prompt", "response"),  # HelpSteer is this with its five scores
+    "prompt/completion": ("prompt", "completion"),
+}
+"""Columns that tell a schema; the first whose columns are all there is taken."""
 
-SCORES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-"""HelpSteer's ratings of an answer, 0 to 4."""
-
-_MESSAGES = List({"role": Value("string"), "content": Value("string")})
-_CHAT = {"messages": _MESSAGES, "prompt": Value("string"), "response": Value("string")}
-_PREFERENCE = {"prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES}
-_CARRIED = {"topic": Value("string"), "source": Value("string")} | dict.fromkeys(
-    SCORES, Value("float64")
-)
-_HASHED = "content-"
-_SHOWN = 5
+Row = dict[str, Any]
+Rows = Iterator[tuple[str, Row]]
+_SCORES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+_TEXT, _TURNS = Value("string"), List({"role": Value("string"), "content": Value("string")})
+_CARRIED = {"topic": _TEXT, "source": _TEXT} | dict.fromkeys(_SCORES, Value("float64"))
+_ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("system", "user", "assistant")}
+_KINDS = (".csv", ".json", ".jsonl", ".parquet")
 
 
 def load_chats(
@@ -59,128 +55,195 @@ def load_chats(
     skip_bad: bool = False,
 ) -> Dataset | IterableDataset:
     """Chats or preference pairs from a hub id, a `save_to_disk` folder, or a folder or file of
-    jsonl, json, csv or parquet; `lib.data.schemas` lists the schemas.
+    jsonl, json, csv or parquet; the columns of the first row tell the schema (`SCHEMAS`).
 
-    Every row is checked before the dataset exists. When streaming, rows are checked as they
-    come, and ids are not compared: that would take memory for each.
+    A chat is one system turn or none, then user and assistant in turn, the assistant last, none of
+    them empty: most chat templates raise on, or quietly drop, anything else. Every row is checked
+    before the dataset exists. A stream checks rows as they come, and does not compare ids.
 
     Args:
         limit: read the first `limit` rows only.
-        skip_bad: leave out rows that are no chat (empty text, wrong turns) and log how many.
+        skip_bad: leave out bad rows (empty text, wrong turns, an earlier row's id); log how many.
 
     Raises:
         FileNotFoundError: a path where nothing is.
-        ValueError: unknown schema or split, no rows, rows that are no chat, ids given twice,
-            text that is not UTF-8, broken JSON, a line over `sources.MAX_LINE`. The message
-            names file, line and field; nothing is left behind.
+        ValueError: unknown schema or split, no rows, a row that is no chat, an id given twice, a
+            broken file. The message names file, row and column; nothing is left behind.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"need limit >= 1 or None, got {limit}")
-    source = sources.open_source(name_or_path, split, streaming)
-    first = next(source(), None)
-    if first is None:
-        raise ValueError(f"{name_or_path} has no rows")
-    where, row = first
-    kind = _PREFERENCE if schemas.schema_of(list(row), where) == "preferences" else _CHAT
-    if streaming:
-        carried = {name: value for name, value in _CARRIED.items() if name in row}
-        features = Features({"id": Value("string"), **kind, **carried})
+    source = open_source(name_or_path, split, streaming)
+    where, first = next(itertools.islice(source(), limit), (f"{name_or_path} has no rows", {}))
+    schema = next((s for s, needed in SCHEMAS.items() if first.keys() >= set(needed)), None)
+    if schema is None:
+        raise ValueError(f"{where}: need the columns of one of {SCHEMAS}, got {sorted(first)}")
+    carried = {name: type_ for name, type_ in _CARRIED.items() if name in first or not streaming}
+    kind = {"messages": _TURNS, "prompt": _TEXT, "response": _TEXT}
+    if schema == "preferences":
+        kind = dict.fromkeys(("prompt", "chosen", "rejected"), _TURNS)
+    features = Features({"id": _TEXT, **kind, **carried})
 
-        def stream() -> Iterator[dict[str, Any]]:
-            for _, got in _checked(itertools.islice(source(), limit), features, skip_bad):
+    def rows() -> Iterator[Row]:
+        n_bad, seen = 0, Counter()
+        for where, row in itertools.islice(source(), limit):
+            try:
+                got = _columns(row, schema, features)
+                name = got["id"]
+                seen.update([] if streaming else [name])
+                if seen[name] > 1 and not name.startswith("content-"):
+                    raise ValueError(f"id {name!r} is an earlier row's; need unique ids")
+                got["id"] += f"-{seen[name]}" * (seen[name] > 1)
+            except ValueError as error:
+                if not skip_bad:
+                    raise ValueError(f"{where}: {error} (skip_bad=True skips)") from None
+                n_bad += 1
+            else:
                 yield got
+        if n_bad:
+            logging.getLogger(__name__).warning("left out %d rows that are no chat", n_bad)
 
-        return IterableDataset.from_generator(stream, features=features)
-    features = Features({"id": Value("string"), **kind, **_CARRIED})
-    checked = _checked(itertools.islice(source(), limit), features, skip_bad, collect=True)
-    chats = write_dataset(_unique(checked), features, "chats")
+    if streaming:
+        return IterableDataset.from_generator(rows, features=features)
+    chats = write_dataset(rows(), features, "chats")
     if not len(chats):
         raise ValueError(f"{name_or_path} has no row that is a chat")
-    table = chats.data
-    return chats.remove_columns([c for c in _CARRIED if table.column(c).null_count == len(chats)])
+    absent = [name for name in carried if chats.data.column(name).null_count == len(chats)]
+    return chats.remove_columns(absent)
 
 
-def _checked(
-    rows: sources.Rows, features: Features, skip_bad: bool, collect: bool = False
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows in the columns of `features`, `id` None where the input has none.
+def write_dataset(rows: Iterable[Mapping[str, Any]], features: Features, folder: str) -> Dataset:
+    """Write `rows` as they come to `data/cache/<folder>`, complete or not at all, and map the file.
 
-    Bad rows are skipped; or raise at the first; or (`collect`) raise together at the end.
+    A hash of its bytes is its name; two tokenizers may share the fingerprint that `map` trusts.
     """
-    preferences = "chosen" in features
-    faults, n_bad = [], 0
-    for where, row in rows:
-        schema = schemas.schema_of(list(row), where)
-        if (schema == "preferences") != preferences:
-            raise ValueError(f"{where}: chats and preferences cannot share one dataset")
-        try:
-            got = _columns(row, schema, features)
-        except schemas.BadRow as error:
-            if not (skip_bad or collect):
-                raise ValueError(f"{where}: {error}") from None
-            n_bad += 1
-            if len(faults) < _SHOWN:
-                faults.append(f"{where}: {error}")
-        else:
-            yield where, got
-    if n_bad:
-        report = f"{n_bad} rows are no chat: {'; '.join(faults)}{'; …' * (n_bad > _SHOWN)}"
-        if not skip_bad:
-            raise ValueError(f"{report}. Mend them, or leave them out with skip_bad=True")
-        logger.warning("left out: %s", report)
+    target = require_writable(data_dir() / "cache" / folder)
+    with tempfile.TemporaryDirectory(dir=target) as temporary:
+        new = Path(temporary) / "rows.arrow"
+        with ArrowWriter(path=str(new), features=features) as writer:
+            for row in rows:
+                writer.write(row)
+            writer.finalize()
+        return Dataset.from_file(str(new.replace(target / f"{sha256(new)}.arrow")))
 
 
-def _unique(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Number the repeats of a hashed id (`-2`, `-3`); raise at the end for ids given twice."""
-    seen: set[int] = set()  # of 8-byte hashes: ids themselves may be long
-    repeats: defaultdict[str, int] = defaultdict(lambda: 1)
-    twice, n_twice = [], 0
-    for where, row in rows:
-        key = _key(row["id"])
-        if key in seen and row["id"].startswith(_HASHED):
-            repeats[row["id"]] += 1
-            row["id"] += f"-{repeats[row['id']]}"
-            key = _key(row["id"])
-        elif key in seen:
-            n_twice += 1
-            if len(twice) < _SHOWN:
-                twice.append(f"{row['id']!r} ({where})")
-        seen.add(key)
-        yield row
-    if n_twice:
-        shown = ", ".join(twice) + ", …" * (n_twice > _SHOWN)
-        raise ValueError(f"{n_twice} rows repeat an id of an earlier row: {shown}; need unique ids")
+def open_source(name_or_path: str | Path, split: str, streaming: bool) -> Callable[[], Rows]:
+    """Find the data; each call of the result is a pass over rows named as `chats.jsonl row 7`.
 
-
-def _key(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-
-def _columns(row: Mapping[str, Any], schema: str, features: Features) -> dict[str, Any]:
-    got: dict[str, Any] = schemas.read_row(row, schema)
-    given = row.get("id")
-    if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
-        raise schemas.BadRow(f"id: need text or a whole number, got {type(given).__name__}")
-    if given is None or given == "":
-        text = json.dumps(got, sort_keys=True).encode()
-        got["id"] = _HASHED + hashlib.blake2b(text, digest_size=10).hexdigest()
+    A folder's files belong to the split that begins their name (`train-00000.jsonl`); where no
+    file is named so, all of them are `train`, and so is a lone file or a `Dataset` on disk. A
+    `Path`, a name with a data suffix, two slashes or a leading `/`, `.` or `~` is no hub id.
+    """
+    path, text = resolve(name_or_path), str(name_or_path)
+    found: dict[str, Any] = defaultdict(list)
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        loaded = datasets.load_from_disk(path)
+        found = {"train": loaded} if isinstance(loaded, Dataset) else loaded
+    elif path.exists():
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            named = re.match(r"(train|validation|valid|val|dev|eval|test)(?=[-_.]|$)", file.stem)
+            if file.suffix in _KINDS:
+                found[named[1] if named and file != path else ""].append(file)
+        if unnamed := found.pop("", None):
+            found = found or {"train": unnamed}
+    elif isinstance(name_or_path, Path) or path.suffix in _KINDS or re.search("^[/.~]|/.*/", text):
+        raise FileNotFoundError(f"no file or folder {path} (from {text!r})")
     else:
-        got["id"] = schemas.checked_text(str(given), "id")
+        found[split] = datasets.load_dataset(text, split=split, streaming=streaming)
+    if (data := found.get(split)) is None:
+        raise ValueError(f"{path}: no split {split!r} among {sorted(found)}, of kinds {_KINDS}")
+    if isinstance(data, list):
+        return lambda: (pair for file in data for pair in _read(file))
+    return lambda: ((f"{path.name} row {n}", row) for n, row in enumerate(data, start=1))
+
+
+def _read(file: Path) -> Rows:
+    """By `json` and `csv`: Arrow would turn dates into times and refuse a column that first comes
+    late, pandas would turn `NA` into nothing and `007` into 7."""
+    csv.field_size_limit(2**31 - 1)  # of the process: an answer may be longer than 128 KiB
+    number, rows = 1, []
+    try:
+        with file.open("rb") as stream:
+            lines = (str(line, "utf-8-sig") for line in stream)
+            if file.suffix == ".parquet":
+                batches = pq.ParquetFile(stream).iter_batches(batch_size=1000)
+                rows = (row for batch in batches for row in batch.to_pylist())
+            elif file.suffix == ".csv":
+                rows = csv.DictReader(lines, strict=True)
+            elif stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                rows = json.loads(str(stream.read(), "utf-8-sig"))
+            else:
+                rows = (json.loads(line) for line in lines if line.strip())
+            for row in rows:
+                if not isinstance(row, dict) or None in row:
+                    raise ValueError(f"need an object, each field with its name, got {row!r:.80}")
+                yield f"{file.name} row {number}", row
+                number += 1
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{file.name} row {number}: {error}") from None
+
+
+def _columns(row: Row, schema: str, features: Features) -> Row:
+    if schema == "preferences":
+        chosen, rejected = (_chat(row, "prompt", column) for column in SCHEMAS[schema])
+        if chosen == rejected or chosen[:-1] != rejected[:-1]:
+            raise ValueError("chosen and rejected must differ, and in their last turn only")
+        got = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    else:
+        got = {"messages": _chat(row, *SCHEMAS[schema])}
+    digest = hashlib.blake2b(json.dumps(got, sort_keys=True).encode(), digest_size=10)
     if "messages" in got:
         got["prompt"], got["response"] = (turn["content"] for turn in got["messages"][-2:])
-    for name in _CARRIED.keys() & features.keys():
-        got[name] = _carried(row.get(name), name)
+    for name in features.keys() - got.keys():
+        value = row.get(name)
+        value = value if value is None or isinstance(value, list | dict) else str(value)
+        text = _text(value, name) if value else None
+        try:
+            got[name] = float(text) if text and name in _SCORES else text
+        except ValueError:
+            raise ValueError(f"{name}: need a number, got {text!r}") from None
+    got["id"] = got["id"] or f"content-{digest.hexdigest()}"
     return got
 
 
-def _carried(value: Any, name: str) -> str | float | None:
-    if value is None or value == "":
-        return None
-    if name not in SCORES:
-        if isinstance(value, list | dict):
-            raise schemas.BadRow(f"{name}: need text or a number, got {type(value).__name__}")
-        return schemas.checked_text(str(value), name)
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise schemas.BadRow(f"{name}: need a number, got {value!r}") from None
+def _text(value: Any, column: str) -> str:
+    if not isinstance(value, str) or not value.strip() or re.search(r"[\ud800-\udfff]", value):
+        raise ValueError(f"{column}: need text, got {value!r:.80}")
+    return value
+
+
+def _turns(value: Any, column: str, role: str) -> list[Row]:
+    if not isinstance(value, list):
+        return [{"role": role, "content": _text(value, column)}]
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        here, given = f"{column} turn {number}", turn if isinstance(turn, dict) else {}
+        name = str(given.get("role", given.get("from")))
+        if name not in _ROLES:
+            raise ValueError(f"{here}: need a role system, user or assistant, got {turn!r:.80}")
+        text = _text(given.get("content", given.get("value")), here)
+        turns.append({"role": _ROLES[name], "content": text})
+    return turns
+
+
+def _marked(text: str, mark: str) -> list[Row]:
+    _, *parts = re.split(mark, text)
+    return [{"role": r.lower(), "content": t} for r, t in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _chat(row: Row, *columns: str) -> list[Row]:
+    """The last column is a whole chat, or the answer to the one before it."""
+    *before, last = columns
+    value = row.get(last)
+    if row.get("prompt") is None and str(value).startswith("\n\nHuman:"):
+        value = _marked(value.rstrip(), r"\s*\n\n(Human|Assistant):\s*")
+    turns = _turns(value, last, "assistant")
+    if before and turns and turns[0]["role"] == "assistant":
+        value = row.get(before[0])
+        if before[0] == "instruction" and row.get("input"):
+            value = f"{_text(value, before[0])}\n\n{row['input']}"
+        if "helpfulness" in row and isinstance(value, str):  # earlier turns may be in the prompt
+            value = _marked(f"<extra_id_1>User\n{value}", r"\n?<extra_id_1>(User|Assistant)\n")
+        turns = _turns(value, before[0], "user") + turns
+    roles = [turn["role"] for turn in turns]
+    rest = roles[roles[:1] == ["system"] :]
+    if not rest or rest != ["user", "assistant"] * (len(rest) // 2):
+        raise ValueError(f"need user and assistant in turn, the assistant last; got {roles}")
+    return turns

@@ -15,9 +15,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.chats import load_chats
-from lib.data.schemas import SCHEMAS
-from lib.data.sources import open_source
+from lib.data.chats import SCHEMAS, load_chats, open_source
 from lib.world import World
 
 _BATCH = 256
@@ -148,7 +146,7 @@ the chosen side |
     has up to a row more than `n_tokens`, or less where the data end before: see `Corpus.n_tokens`.
 
     Args:
-        dataset: `world`, or what `lib.data.sources.open_source` takes; read as a stream.
+        dataset: `world`, or what `lib.data.chats.open_source` takes; read as a stream.
         seed: of the world's stream; other data come in their own order.
         skip_bad: leave out rows that are no chat, and log how many.
 

@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.store import write_dataset
+from lib.data.chats import write_dataset
 
 Message = Mapping[str, str]
 Span = tuple[int, int]
