@@ -1,4 +1,4 @@
-"""Dictionaries in the training loop: every recipe learns, resumes bit for bit, refuses bad input."""
+"""Dictionaries in the training loop: recipes learn, resume bit for bit, refuse bad input."""
 
 import json
 from dataclasses import replace

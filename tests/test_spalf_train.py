@@ -335,6 +335,14 @@ def test_orthogonality_looks_at_the_largest_of_a_token():
     assert trainer.latest["orthogonality"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_state_holds_all_that_a_trainer_does():
+    trainer, other = calibrated(), fresh()
+    stepped(trainer, n=6)
+    trainer.since_fired += torch.arange(48)
+    other.load_state(trainer.state())
+    same(other.state(), trainer.state())
+
+
 class Enough(Exception):
     pass
 

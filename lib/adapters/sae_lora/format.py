@@ -20,11 +20,12 @@ def write(folder: Path, tensors: dict[str, Tensor], about: dict, metadata: dict)
         ValueError: see `SaeLora.save`.
     """
     require_own(folder)
+    about = {"kind": KIND, **about}
     if taken := about.keys() & metadata.keys():
         raise ValueError(f"need metadata without {sorted(about)}, got {sorted(taken)}")
     with atomic_folder(folder) as new:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, new / PARAMS)
-        text = json.dumps({"kind": KIND, **about, **metadata}, indent=1)
+        text = json.dumps({**about, **metadata}, indent=1)
         (new / METADATA).write_text(text + "\n", encoding="utf-8")
     return folder
 

@@ -213,7 +213,7 @@ class SaeLoraTrainer:
         with frozen(self.model), self.adapter.attached(self.model):
             yield
 
-    def _parameters(self) -> list[nn.Parameter]:
+    def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _set_rate_(self, step: int) -> float:
