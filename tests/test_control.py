@@ -380,6 +380,7 @@ def test_resumes_bit_for_bit(law, cut, tmp_path):
     save_file(whole.state_dict(), tmp_path / "control.safetensors")
     resumed = waiting(law)
     resumed.load_state_dict(load_file(tmp_path / "control.safetensors"))
+    assert (resumed.steps, resumed.calm) == (whole.steps, whole.calm)
     same(resumed.state_dict(), whole.state_dict())
     for g in series[cut:]:
         whole.observe(g, 2.5)
