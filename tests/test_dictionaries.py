@@ -139,7 +139,7 @@ class ScaledTopK(Rule):
         return Codes(pre.with_values(pre.values.relu() * p.scale[pre.indices]))
 
 
-def test_a_rule_and_a_term_of_ones_own_train():
+def test_a_rule_and_a_term_of_ones_own_train(tmp_path):
     seen = []
 
     def absolute(out):
@@ -156,6 +156,10 @@ def test_a_rule_and_a_term_of_ones_own_train():
     assert seen == 40 * [True] and fvus[-1] < 0.35 < 0.65 < fvus[0]
     assert (d.scale - 1).abs().max() > 0.1 and (d.encode(x) > 0).sum(1).max() == 3
     torch.testing.assert_close(d.encode_training(x).acts.dense(), d.encode(x))
+    n_steps = len(seen)
+    with pytest.raises(ValueError, match=r"it: cannot save ScaledTopK.*need a rule in"):
+        fit({"it": plan}, batches, settings, folder=tmp_path, progress=False)
+    assert len(seen) == n_steps  # before any step
 
 
 @pytest.mark.parametrize("rule", RULES, ids=IDS)

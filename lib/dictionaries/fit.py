@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lib import training
+from lib.dictionaries import format
 from lib.dictionaries.config import DictionaryConfig, FitConfig
 from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.recipes import Recipe
@@ -67,6 +68,8 @@ def fit(
     device, trainers = distributed.join(torch.device(device)), {}
     for name, plan in plans.items():
         try:
+            if folder is not None:
+                format.require_saveable(plan[0])
             trainers[name] = DictionaryTrainer(*plan, config, device, sites)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

@@ -34,6 +34,13 @@ _ARCHITECTURES = {
 }  # fmt: skip
 
 
+def require_saveable(config: DictionaryConfig) -> None:
+    """Raises ValueError for a rule that the layout does not know."""
+    if type(config.rule) not in _ARCHITECTURES:
+        known = sorted(rule.__name__ for rule in _ARCHITECTURES)
+        raise ValueError(f"cannot save {config.rule}: need a rule in {known}")
+
+
 def write(folder: Path, config: DictionaryConfig, state: dict[str, Tensor]) -> Path:
     """Write the folder, whole or not at all; a dictionary that stood there is replaced.
 
@@ -41,8 +48,9 @@ def write(folder: Path, config: DictionaryConfig, state: dict[str, Tensor]) -> P
         state: a `Dictionary`'s tensors by name.
 
     Raises:
-        ValueError: the folder holds anything else, which would be lost.
+        ValueError: the folder holds anything else, which would be lost; an unknown rule.
     """
+    require_saveable(config)
     others = (
         sorted({p.name for p in folder.iterdir()} - {CONFIG, WEIGHTS}) if folder.is_dir() else []
     )

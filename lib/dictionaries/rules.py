@@ -1,7 +1,7 @@
 """Sparsity rules: from pre-activations to latents.
 
 A rule is a small frozen object without state: what it learns or remembers is in its dictionary's
-`Parameters`. A new rule is one class here:
+`Parameters`. A new rule is one class here, and to be saved an entry in `RULES` and in `format`:
 
 | | |
 |---|---|
