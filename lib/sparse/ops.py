@@ -84,8 +84,7 @@ def release(matrix: Tensor | None) -> None:
     _pools[-1].lent.remove(matrix.data_ptr())
     free = _pools[-1].free[(*matrix.shape, matrix.dtype)]
     if len(free) < 2:  # not as a view, whose base would keep autograd from adding in place
-        storage = matrix.untyped_storage()
-        free.append(matrix.new_empty(0).set_(storage, 0, matrix.shape))
+        free.append(matrix.data)
 
 
 @cache
