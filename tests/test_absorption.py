@@ -70,7 +70,6 @@ def test_an_absorbed_child_is_counted():
     assert int(found.n_tokens) == pytest.approx(N / 4, rel=0.1)  # of half the rows, half are words
     assert int(found.silent) == int(found.dominated) == int(found.absorbed)
     assert found.mean == pytest.approx(1 / WORDS, rel=0.15)
-    assert found.by_parent() == {"animal": found.mean}
     assert torch.equal(found.loose_rate, found.rate)
 
 

@@ -372,16 +372,10 @@ def moments_of(x, sizes):
     return moments
 
 
-def test_moments_do_not_depend_on_batches_or_merging():
+def test_moments_do_not_depend_on_batches():
     x = sample(200)
     for sizes in ([200], [1] * 200, [3, 0, 100, 97]):
         check_moments(moments_of(x, sizes), x)
-    parts = [moments_of(part, [len(part)]) for part in x.split([1, 150, 0, 49])]
-    total = Moments(5)
-    for part in reversed(parts):
-        total.merge(part)
-    check_moments(total, x)
-    check_moments(parts[1], x[1:151])  # untouched
 
 
 def test_moments_far_from_zero_keep_their_digits():
@@ -405,8 +399,6 @@ def test_moments_errors():
         Moments(0)
     with pytest.raises(ValueError, match="need width 5, got 4"):
         moments.update(torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="need width 5, got 4"):
-        moments.merge(Moments(4))
     with pytest.raises(ValueError, match="NaN"):
         moments.update(torch.full((2, 5), float("nan")))
     moments.update(torch.ones(1, 5))
@@ -438,11 +430,10 @@ def test_a_dimension_that_only_rounding_moves_is_constant():
 
 
 @pytest.mark.parametrize("kind", ["none", "mean_norm", "per_dim"])
-def test_inverse_undoes(kind):
+def test_normalizers_take_any_shape_and_half_precision(kind):
     x = sample(500)
     normalizer = Normalizer.fit(kind, x, (2, 3))
-    for shaped in (x, x[0], x.view(5, 100, 5)):
-        torch.testing.assert_close(normalizer.inverse(normalizer(shaped)), shaped)
+    assert torch.equal(normalizer(x.view(5, 100, 5)).view_as(x), normalizer(x))
     assert torch.equal(normalizer(x), x) == (kind == "none")
     half = Normalizer.fit(kind, x.bfloat16(), (2, 3))
     assert half(x.bfloat16()).dtype == torch.float32

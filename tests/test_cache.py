@@ -79,15 +79,8 @@ def test_manifest_says_what_is_there(folder):
     assert set(bytes_of(folder)) == {*sizes, "manifest.json"}
 
 
-def test_gather_across_shards(folder):
+def test_a_block_that_there_is_not_is_refused(folder):
     cache = ActivationCache(folder, block_tokens=10)
-    for wish in (torch.randperm(103), torch.tensor([102, 0, 52, 53, 53, 0, 89, 90, 60])):
-        got = cache.gather(wish)
-        for name, whole in zip(NAMES, everything(cache), strict=True):
-            assert torch.equal(getattr(got, name), whole[wish])
-    assert cache.gather(torch.empty(0, dtype=torch.long)).acts.shape == (0, 3)
-    for wrong in (103, -1):
-        refuse("need indices in 0 to 102", cache.gather, torch.tensor([5, wrong]))
     refuse(f"need a block in 0 to {cache.n_blocks - 1}", cache.block, cache.n_blocks)
 
 

@@ -7,7 +7,7 @@ from lib.activations.source import Block
 from lib.analysis import probes
 from lib.analysis.logistic import greedy, linear_probe, newton
 from lib.analysis.probes import DenseFeatures, SparseFeatures, best_cuts, best_thresholds, f1_score
-from lib.analysis.truth import baselines, random_codes, score_dense, score_record, score_sparse
+from lib.analysis.truth import baselines, random_codes, score_record, score_sparse
 from lib.data.corpus import Corpus
 from lib.dictionaries import Dictionary, DictionaryConfig, FitConfig, SparseActs, fit, recipes
 from lib.dictionaries.rules import TopK
@@ -192,8 +192,6 @@ def test_the_ceiling_and_the_baselines():
     always = found["none"]["always"].f1
     share = labels.float().mean(0)
     torch.testing.assert_close(always, 2 * share / (1 + share), atol=0.05, rtol=0)
-    alone = score_dense(x, labels, rows_of(N), names(4))
-    assert torch.equal(alone["five"].f1, found["neurons"]["five"].f1)
 
 
 def test_chance_scores_no_more_than_always():
@@ -271,7 +269,7 @@ def test_latents_that_never_fire_find_nothing():
 def test_scores_refuse():
     x, labels, rows = sparse(N, 5), flags(N, 2), rows_of(N)
     with pytest.raises(ValueError, match="need finite features"):
-        score_dense(torch.full((N, 2), float("nan")), labels, rows, names(2))
+        baselines(torch.full((N, 2), float("nan")), labels, rows, names(2))
     with pytest.raises(ValueError, match="need latents of at least 0, got -0.5"):
         scored(x - 0.5, labels)
     with pytest.raises(ValueError, match="a name for each of 2 concepts, got 3000 rows and 51"):

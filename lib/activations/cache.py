@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -57,7 +56,6 @@ class ActivationCache:
         self.hook_names = tuple(self.manifest["hook_names"])
         made_by = f"{self.manifest['fingerprint']} in blocks of {block_tokens}"
         self.fingerprint = hashlib.sha256(made_by.encode()).hexdigest()
-        self._starts = torch.tensor([0, *sizes]).cumsum(0)
         self._places = [  # of each block: shard, first token in it, token after the last
             (shard, start, min(start + block_tokens, n))
             for shard, n in enumerate(sizes)
@@ -68,40 +66,16 @@ class ActivationCache:
 
     def __len__(self) -> int:
         """Tokens."""
-        return int(self._starts[-1])
+        return self.manifest["n_tokens"]
 
     def block(self, i: int) -> Block:
         """Block `i`; `acts` is a view of the file."""
         if not 0 <= i < self.n_blocks:
             raise ValueError(f"need a block in 0 to {self.n_blocks - 1}, got {i}")
         number, start, stop = self._places[i]
-        return _block({name: x[start:stop] for name, x in self._shard(number).items()})
-
-    def gather(self, indices: Int[Tensor, " n"]) -> Block:
-        """The tokens of these numbers, in the order of `indices`; they may repeat.
-
-        Raises:
-            ValueError: a number outside 0 to `len(self) - 1`.
-        """
-        indices = indices.long().cpu()
-        if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < len(self)):
-            raise ValueError(
-                f"need indices in 0 to {len(self) - 1}, got {int(indices.min())} to "
-                f"{int(indices.max())}"
-            )
-        ordered, order = indices.sort()  # each shard is read once, from its front to its end
-        bounds = torch.searchsorted(ordered, self._starts).tolist()
-        parts = [
-            {name: x[ordered[low:high] - start] for name, x in self._shard(shard).items()}
-            for shard, (low, high, start) in enumerate(
-                zip(bounds, bounds[1:], self._starts.tolist(), strict=False)
-            )
-            if low < high
-        ]
-        if not parts:
-            return _block({name: x[:0] for name, x in self._shard(0).items()})
-        back = order.argsort()
-        return _block({name: torch.cat([p[name] for p in parts])[back] for name in parts[0]})
+        tensors = {name: x[start:stop] for name, x in self._shard(number).items()}
+        rows, positions = tensors["rows"].long(), tensors["positions"].long()
+        return Block(tensors["acts"], tensors["ids"], rows, positions)
 
     def verify(self) -> None:
         """Compare every shard with its checksum.
@@ -265,11 +239,6 @@ def cached(source: Source, folder: str | Path, *, about: dict[str, Any]) -> Acti
         here, there = (dict(zip(s.hook_names, s.site_dims, strict=True)) for s in (source, cache))
         raise ValueError(f"need a cache of sites {here}, got {folder} with {there}")
     return cache
-
-
-def _block(tensors: dict[str, Tensor]) -> Block:
-    rows, positions = tensors["rows"].long(), tensors["positions"].long()
-    return Block(tensors["acts"], tensors["ids"], rows, positions)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

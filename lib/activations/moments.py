@@ -34,27 +34,16 @@ class Moments:
         if not x.isfinite().all():
             raise ValueError("need finite activations, got NaN or infinity")
         if len(x):
-            mean = x.mean(dim=0)
-            deviations = x - mean
-            self._add(len(x), mean, deviations.T @ deviations)
-
-    def merge(self, other: "Moments") -> None:
-        """Add all that `other` has seen."""
-        self._require_width(len(other.mean))
-        if other.count:
-            self._add(other.count, other.mean.to(self.mean), other._products.to(self.mean))
+            mean, total = x.mean(dim=0), self.count + len(x)
+            deviations, shift = x - mean, mean - self.mean
+            self._products += deviations.T @ deviations
+            self._products.addr_(shift, shift, alpha=self.count * len(x) / total)
+            self.mean = self.mean + shift * (len(x) / total)
+            self.count = total
 
     def _require_width(self, width: int) -> None:
         if width != len(self.mean):
             raise ValueError(f"need width {len(self.mean)}, got {width}")
-
-    def _add(self, n: int, mean: Tensor, products: Tensor) -> None:
-        total = self.count + n
-        shift = mean - self.mean
-        self._products += products
-        self._products.addr_(shift, shift, alpha=self.count * n / total)
-        self.mean = self.mean + shift * (n / total)
-        self.count = total
 
     @property
     def covariance(self) -> Float[Tensor, "d_in d_in"]:
@@ -130,10 +119,6 @@ class Normalizer:
 
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         return (x - self.mean) * self.scale
-
-    def inverse(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """The activations that were normalised to `x`."""
-        return x / self.scale + self.mean
 
     def to(self, device: torch.device | str) -> "Normalizer":
         return Normalizer(self.mean.to(device), self.scale.to(device))

@@ -70,9 +70,6 @@ class Absorption:
         """Of `rate`, every parent counting the same."""
         return float(self.rate.mean())
 
-    def by_parent(self) -> dict[str, float]:
-        return dict(zip(self.parents, self.rate.tolist(), strict=True))
-
 
 def absorption(
     record: LatentRecord,

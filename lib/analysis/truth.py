@@ -106,22 +106,6 @@ def score_sparse(
     return _one_and_five(SparseFeatures(acts.with_values(values)), labels)
 
 
-def score_dense(
-    x: Float[Tensor, "n d"],
-    concepts: Bool[Tensor, "n c"],
-    rows: Int[Tensor, " n"],
-    names: Sequence[str] = CONCEPTS,
-    *,
-    seed: int = 0,
-) -> Scores:
-    """`best` and `five` of the coordinates of `x`, in either direction.
-
-    Thresholds are on coordinates less their mean over the fit half.
-    """
-    labels = labels_of(concepts, rows, names, seed)
-    return _one_and_five(DenseFeatures(centred(x, labels.fit)), labels)
-
-
 def baselines(
     x: Float[Tensor, "n d"],
     concepts: Bool[Tensor, "n c"],

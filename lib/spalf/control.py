@@ -110,7 +110,6 @@ class Control:
     Senocak 2023, arXiv:2306.04904; CAPU itself (arXiv:2508.15695) lets them only rise.
 
     Args:
-        gains: a factor on the law's gain (not its damping) for each constraint; 1 by default.
         every, limit: steps between updates of the multipliers, and how large these may become.
         fast, slow: weight of the past, per step, in each average; the penalties' one has `slow`.
         capu: adapt the penalties; otherwise they stay at `rho`.
@@ -125,7 +124,6 @@ class Control:
         names: Sequence[str],
         law: Law,
         *,
-        gains: Sequence[float] | None = None,
         every: int = 10,
         limit: float = 100.0,
         fast: float = 0.9,
@@ -141,18 +139,14 @@ class Control:
             raise ValueError(f"need 0 <= fast <= slow < 1, got fast {fast}, slow {slow}")
         if not RHO_RANGE[0] <= rho <= RHO_RANGE[1]:
             raise ValueError(f"need rho in {list(RHO_RANGE)}, got {rho}")
-        gains = [1.0] * len(names) if gains is None else gains
-        if len(gains) != len(names):
-            raise ValueError(f"need {len(names)} gains, one a constraint, got {len(gains)}")
         self.law, self.every, self.limit, self.capu, self.rho = law, every, limit, capu, rho
         self.decay = {"fast": fast, "slow": slow, "square": slow}
         self.names: tuple[str, ...] = ()
         self.steps = self.calm = 0  # calm: steps in a row, up to now, with all settled
         self._unmet_at_limit = tuple(unmet_at_limit)
-        self._gains = torch.zeros(0, dtype=torch.float64)
         self._held, self._memory = self._fresh(0)
-        for name, gain in zip(names, gains, strict=True):
-            self.add(name, gain)
+        for name in names:
+            self.add(name)
 
     def _fresh(self, m: int) -> tuple[State, State]:
         zeros = torch.zeros(m, dtype=torch.float64)
@@ -160,13 +154,11 @@ class Control:
         flags = {"seen": zeros > 0, "unmet": zeros > 0}
         return {**held, **flags, "penalties": zeros + self.rho}, self.law.start(zeros)
 
-    def add(self, name: str, gain: float = 1.0) -> None:
+    def add(self, name: str) -> None:
         """Let a constraint join, last in order, with multiplier 0; `calm` starts again."""
         if name in self.names:
             raise ValueError(f"need distinct names, got {name!r} twice")
-        _require_positive(f"gain of {name!r}", gain)
         self.names, self.calm = (*self.names, name), 0
-        self._gains = torch.cat([self._gains, self._gains.new_tensor([gain])])
         for held, new in zip((self._held, self._memory), self._fresh(1), strict=True):
             held.update({key: torch.cat([held[key], new[key]]) for key in held})
         if name in self._unmet_at_limit:
@@ -209,8 +201,7 @@ class Control:
         self.calm = self.calm + 1 if self.settled().all() else 0
         if self.steps % self.every == 0:
             dv, held["previous"] = held["fast"] - held["previous"], held["fast"]
-            v = self._gains * held["fast"]  # every law multiplies v, and only v, by its gain
-            new = self.law.update(self.multipliers, v, dv, self._memory)
+            new = self.law.update(self.multipliers, held["fast"], dv, self._memory)
             held["multipliers"] = torch.where(held["unmet"], self.limit, new.clamp(0, self.limit))
         self._start_met(start)
 

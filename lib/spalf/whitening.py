@@ -1,4 +1,4 @@
-"""Soft whitening: activations decorrelated and brought to a common scale, and back."""
+"""Soft whitening: activations decorrelated and brought to a common scale."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Whitener:
     the trace, so that directions of next to no variance are not blown up into noise.
 
     At low rank `vectors` are the k largest only, and all that they leave out counts as isotropic:
-    `(Σ + αI)^p = V (Λ + α)^p Vᵀ + (rest + α)^p (I - V Vᵀ)`, at O(n d_in k) for n tokens.
+    `(Σ + αI)^p = V (Λ + α)^p Vᵀ + (rest + α)^p (I - V Vᵀ)`, p = -1/2, at O(n d_in k) for n tokens.
 
     Half-precision input comes out in float32.
 
@@ -107,24 +107,18 @@ class Whitener:
         return self.values.double().sum().item() + left_out * self.rest
 
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        return self._scaled(x - self.mean, -0.5)
+        return self.fold(x - self.mean)
 
-    def inverse(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """The activations that were whitened to `x`."""
-        return self._scaled(x, 0.5) + self.mean
-
-    def metric(self, dx: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch"]:
-        """`dxᵀ (Σ + αI)⁻¹ dx`: the squared length, once whitened, of a *difference* of activations,
-        from which no mean is taken."""
-        return self._scaled(dx, -0.5).square().sum(-1)
-
-    def fold(self, rows: Float[Tensor, "m d_in"]) -> Float[Tensor, "m d_in"]:
+    def fold(self, rows: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Encoder rows that read x̃, made to read `x - mean`: `rows (Σ + αI)^(-1/2)`."""
-        return self._scaled(rows, -0.5)
-
-    def unfold(self, rows: Float[Tensor, "m d_in"]) -> Float[Tensor, "m d_in"]:
-        """Encoder rows that read `x - mean`, made to read x̃: `rows (Σ + αI)^(1/2)`."""
-        return self._scaled(rows, 0.5)
+        dtype = torch.promote_types(rows.dtype, self.mean.dtype)
+        rows = rows.to(dtype)
+        if len(self.values) == len(self.mean):
+            return rows @ self._inverse_root.to(dtype)
+        vectors, values = self.vectors.to(dtype), self.values.to(dtype)
+        outside = (self.rest + self.alpha) ** -0.5
+        inside = (values + self.alpha) ** -0.5
+        return rows * outside + (rows @ vectors * (inside - outside)) @ vectors.T
 
     def to(self, device: torch.device | str) -> "Whitener":
         tensors = (x.to(device) for x in (self.mean, self.vectors, self.values))
@@ -148,29 +142,11 @@ class Whitener:
         numbers = (state[name].item() for name in ("rest", "alpha", "n_tokens"))
         return cls(*tensors, *numbers)
 
-    def _scaled(self, x: Float[Tensor, "*batch d_in"], power: float) -> Tensor:
-        """`x (Σ + αI)^power`, for a power of ±1/2."""
-        dtype = torch.promote_types(x.dtype, self.mean.dtype)
-        x = x.to(dtype)
-        if len(self.values) == len(self.mean):
-            return x @ (self._root if power > 0 else self._inverse_root).to(dtype)
-        vectors, values = self.vectors.to(dtype), self.values.to(dtype)
-        outside = (self.rest + self.alpha) ** power
-        inside = (values + self.alpha) ** power
-        return x * outside + (x @ vectors * (inside - outside)) @ vectors.T
-
-    @cached_property
-    def _root(self) -> Float[Tensor, "d_in d_in"]:
-        return self._matrix(0.5)
-
     @cached_property
     def _inverse_root(self) -> Float[Tensor, "d_in d_in"]:
-        return self._matrix(-0.5)
-
-    def _matrix(self, power: float) -> Float[Tensor, "d_in d_in"]:
-        """`(Σ + αI)^power` at full rank, computed in float64."""
+        """`(Σ + αI)^(-1/2)` at full rank, computed in float64."""
         vectors = self.vectors.double()
-        scale = (self.values.double() + self.alpha) ** power
+        scale = (self.values.double() + self.alpha) ** -0.5
         return (vectors * scale @ vectors.T).to(self.mean)
 
 
