@@ -1,7 +1,7 @@
 """What SAE-LoRA reaches on the built-in world, over seeds: `python -m tests.bench_adapters PART`.
 
 Parts: `behaviour` (dense and sparse, ranks 1 and 4, with the truth about the latents), `methods`
-(every sparsity method at the same sizes), `data` (numbers of examples).
+(`l1` and `topk` at the same sizes), `data` (numbers of examples).
 """
 
 import argparse
@@ -102,8 +102,7 @@ def variants(args: argparse.Namespace) -> list[tuple[str, int, dict]]:
             for name, fields in (("dense", {"sparsity": "none"}), ("topk 16", sized("topk", 16)))
         ]
     if args.part == "methods":
-        names = ("l1", "proximal", "hoyer", "hard_concrete", "topk")
-        return [(f"{name} {m}", n, sized(name, m)) for name in names for m in args.sizes]
+        return [(f"{name} {m}", n, sized(name, m)) for name in ("l1", "topk") for m in args.sizes]
     found = []
     for rank in args.ranks:
         found.append((f"dense r{rank}", n, {"sparsity": "none", "rank": rank}))

@@ -59,6 +59,6 @@ def train(adapter: SaeLora, *, model=None, **options) -> SaeLoraFit:
 
 def run(folder: Path) -> None:
     torch.set_num_threads(1)
-    adapter = SaeLora(random_dictionary(), config(sparsity="hard_concrete", patience=5))
+    adapter = SaeLora(random_dictionary(), config(patience=5))
     fit = train(adapter, folder=folder, resume=True, checkpoint_every=2)
     fit.adapter.save(folder, {"history": fit.history})

@@ -56,15 +56,15 @@ def test_logit_table():
 
 
 def points() -> list[dict]:
-    """Three seeds; of proximal each seed ends at another number of latents."""
+    """Three seeds; of l1 each seed ends at another number of latents."""
     return [
         {"method": method, "setting": setting, "n_latents": n, "share": share}
         for method, setting, n, shares in (
             ("topk", 8, 8, (0.7, 0.8, 0.9)),
             ("topk", 2, 2, (0.1, 0.2, 0.3)),
             ("topk", 0, 0, (0.0, 0.0, 0.0)),
-            ("proximal", "0.01", 100, (0.5,)),
-            ("proximal", "0.01", 120, (0.5,)),
+            ("l1", "0.01", 100, (0.5,)),
+            ("l1", "0.01", 120, (0.5,)),
         )
         for share in shares
     ]
@@ -73,13 +73,13 @@ def points() -> list[dict]:
 def test_sparsity_against_behaviour():
     references = {"dense": [0.9, 1.0], "random support": [0.0, 0.02, 0.04]}
     figure = sparsity_behaviour(points(), references)
-    topk, proximal = traces(figure)["topk"], traces(figure)["proximal"]
+    topk, l1 = traces(figure)["topk"], traces(figure)["l1"]
     assert list(topk.x) == [0.5, 2, 8] and list(topk.y) == pytest.approx([0, 0.2, 0.8])
     assert list(topk.error_y.array) == pytest.approx([0, 0.1, 0.1])
     assert list(topk.error_y.arrayminus) == pytest.approx([0, 0.1, 0.1])
     assert topk.text[2] == "70.0% to 90.0%, n = 3"
-    assert (list(proximal.x), list(proximal.y)) == ([110], [0.5])
-    assert topk.line.color == METHOD_COLOURS["topk"] != proximal.line.color
+    assert (list(l1.x), list(l1.y)) == ([110], [0.5])
+    assert topk.line.color == METHOD_COLOURS["topk"] != l1.line.color
     assert "n = 2 to 3" in figure.layout.title.text
     lines = [(s.y0, s.y1) for s in figure.layout.shapes if s.type == "line"]
     bands = [(s.y0, s.y1) for s in figure.layout.shapes if s.type == "rect"]

@@ -202,5 +202,5 @@ def test_nothing_to_draw():
         lambda: l0_r2_curves([], 0.95, None),
         lambda: ablation_bars([]),
     ):
-        with pytest.raises(ValueError, match="need at least one entry to draw, got none"):
+        with pytest.raises(ValueError, match="need at least one row to draw, got none"):
             draw()

@@ -4,7 +4,7 @@ from lib.adapters.chat_loss import Chats, assistant_loss, held_out_loss
 from lib.adapters.dense_lora import train_lora
 from lib.adapters.sae_lora.adapter import SaeLora
 from lib.adapters.sae_lora.config import SaeLoraConfig
-from lib.adapters.sae_lora.path import sparsity_path, weight_path
+from lib.adapters.sae_lora.path import sparsity_path
 from lib.adapters.sae_lora.trainer import SaeLoraFit, train_sae_lora
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "sparsity_path",
     "train_lora",
     "train_sae_lora",
-    "weight_path",
 ]

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from lib.sparse.acts import SparseActs, starts_of
+from lib.sparse import SparseActs
 
 CHUNK = 2**21
 """Entries ranked at once: bounds memory at about 50 · CHUNK bytes."""
@@ -44,12 +44,7 @@ class SparseFeatures:
 
     def take(self, tokens: Bool[Tensor, " n"]) -> "SparseFeatures":
         """These tokens only."""
-        kept = tokens[self.acts.rows]
-        counts = self.acts.offsets.diff()[tokens]
-        acts = self.acts
-        return SparseFeatures(
-            SparseActs(acts.indices[kept], acts.values[kept], starts_of(counts), acts.n_latents)
-        )
+        return SparseFeatures(self.acts.tokens(tokens))
 
     def columns(self, features: Int[Tensor, " c"]) -> Float[Tensor, "n c"]:
         order, starts = self.acts.by_latent

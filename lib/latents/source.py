@@ -19,7 +19,6 @@ from lib.dictionaries import Dictionary, SparseActs
 from lib.latents.record import LatentRecord, Part, assemble
 from lib.models.families import hugging_face
 from lib.models.sites import replace, require_eval, site_dim
-from lib.sparse.acts import starts_of
 
 Edit = Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]
 """From a latent's values at all tokens of a forward pass, row by row, to its new values."""
@@ -68,7 +67,9 @@ class DictionarySource:
                 the dictionary's, a site that the model does not have, that has another width or
                 that is `hook_z`; a model in training mode.
         """
-        self.hook_name = site(model, dictionary, hook_name)
+        self.hook_name = site(dictionary, hook_name)
+        require_width(dictionary, self.hook_name, site_dim(model, self.hook_name))
+        require_eval(model)
         self.model, self.dictionary = model, dictionary
         self.n_latents = dictionary.d_sae
 
@@ -145,8 +146,8 @@ def moved(
     return torch.where(changed, x + delta, x)
 
 
-def site(model: nn.Module, dictionary: Dictionary, hook_name: str) -> str:
-    """The hook name of a dictionary that can be edited in `model`."""
+def site(dictionary: Dictionary, hook_name: str) -> str:
+    """`hook_name`, or the dictionary's own: the one site, where its latents can be edited."""
     config = dictionary.config
     if len(config.site_dims) != 1:
         raise ValueError(f"need a dictionary of one site, got one of {len(config.site_dims)}")
@@ -166,11 +167,15 @@ def site(model: nn.Module, dictionary: Dictionary, hook_name: str) -> str:
             f"need a site whose latents add to the residual stream, got {name!r}: "
             "attention's output projection comes between"
         )
-    width = site_dim(model, name)
-    if dictionary.d_in != width:
-        raise ValueError(f"need a dictionary of width {width} at {name}, got {dictionary.d_in}")
-    require_eval(model)
     return name
+
+
+def require_width(dictionary: Dictionary, hook_name: str, width: int) -> None:
+    """Raises ValueError where the site of a model has another width than the dictionary."""
+    if dictionary.d_in != width:
+        raise ValueError(
+            f"need a dictionary of width {width} at {hook_name}, got {dictionary.d_in}"
+        )
 
 
 @torch.no_grad()
@@ -209,7 +214,5 @@ def _part(source: LatentSource, corpus: Corpus, start: int, stop: int, skip_spec
     acts = source.latents(rows.ids[:, :width].long(), mask)
     kept = ~rows.special[:, :width][mask] if skip_special else mask[mask]
     at, positions = (x[kept] for x in mask.nonzero(as_tuple=True))
-    pairs = kept.to(acts.rows.device)[acts.rows]
-    offsets = starts_of(acts.offsets.diff()[kept.to(acts.offsets.device)])
-    acts = SparseActs(acts.indices[pairs], acts.values[pairs], offsets, acts.n_latents)
+    acts = acts.tokens(kept.to(acts.offsets.device))
     return Part(acts, rows.ids[at, positions], at + start, positions)

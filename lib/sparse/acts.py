@@ -87,6 +87,13 @@ class SparseActs:
         """Only the pairs that are `kept`."""
         return self.at(kept.nonzero()[:, 0])
 
+    def tokens(self, kept: Bool[Tensor, "n"]) -> "SparseActs":
+        """Only the tokens that are `kept`."""
+        pairs, counts = kept[self.rows], self.offsets.diff()[kept]
+        return SparseActs(
+            self.indices[pairs], self.values[pairs], starts_of(counts), self.n_latents
+        )
+
     def at(self, places: Int[Tensor, "few"]) -> "SparseActs":
         """Only the pairs at these places, which ascend."""
         offsets = torch.searchsorted(places, self.offsets)

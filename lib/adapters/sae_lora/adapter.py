@@ -29,6 +29,7 @@ from lib.adapters.sae_lora.config import SaeLoraConfig
 from lib.dictionaries import Dictionary
 from lib.dictionaries.interop import from_sae_lens
 from lib.dictionaries.rules import TopK
+from lib.latents.source import require_width, site
 from lib.models.bridge import is_bridge, name_in_bridge
 from lib.models.sites import replace as replace_at
 from lib.models.sites import site_dim
@@ -58,20 +59,19 @@ class SaeLora(nn.Module):
         super().__init__()
         if not isinstance(dictionary, Dictionary):
             dictionary = from_sae_lens(dictionary)
-        _require_sae(dictionary, config)
-        self.config = replace(config, hook_name=_hook_name(dictionary, config))
+        config.require_within(dictionary.d_sae)
+        self.config = replace(config, hook_name=site(dictionary, config.hook_name))
         self.dictionary = dictionary.requires_grad_(False).eval()
         generator = torch.Generator().manual_seed(config.seed)
         shape, device = (config.rank, dictionary.d_sae), dictionary.W_dec.device
-        for name in ("lora_A", "lora_B"):
-            rows = torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=1)
-            rows = rows if name == "lora_A" else rows.T.contiguous()
-            setattr(self, name, nn.Parameter(rows.to(device)))
+        reads, writes = (
+            nn.functional.normalize(torch.randn(shape, generator=generator), dim=1).to(device)
+            for _ in range(2)
+        )
+        self.lora_A, self.lora_B = nn.Parameter(reads), nn.Parameter(writes.T.contiguous())
         self.scale = nn.Parameter(torch.zeros(config.rank, device=device))
         self.register_buffer("read_mask", torch.ones(dictionary.d_sae, device=device))
         self.register_buffer("write_mask", torch.ones(dictionary.d_sae, device=device))
-        self.gates: tuple[Tensor, Tensor] | None = None
-        """What stands in the masks' place while gates are learned; not saved."""
 
     @property
     def d_sae(self) -> int:
@@ -84,14 +84,12 @@ class SaeLora(nn.Module):
     @property
     def read_weights(self) -> Float[Tensor, "d_sae r"]:
         """Effective: unit columns, exactly zero for latents that are not read."""
-        gate = self.read_mask if self.gates is None else self.gates[0]
-        return _unit(self.lora_A * gate, dim=1).T
+        return _unit(self.lora_A * self.read_mask).T
 
     @property
     def write_weights(self) -> Float[Tensor, "r d_sae"]:
         """Effective: unit rows, exactly zero for latents that are not written."""
-        gate = self.write_mask if self.gates is None else self.gates[1]
-        return _unit(self.lora_B.T * gate, dim=1)
+        return _unit(self.lora_B.T * self.write_mask)
 
     @property
     def read_support(self) -> Int[Tensor, " n_read"]:
@@ -143,15 +141,16 @@ class SaeLora(nn.Module):
             ValueError: the site has another width, or the model no such site; on a bridge, at
                 `hook_resid_mid`, or at a site where sae-lens has attached a SAE.
         """
-        if is_bridge(model):
-            _require_width(self, model.cfg.d_model)
-            name = name_in_bridge(model, self.config.hook_name)
-            with model.hooks(fwd_hooks=[(name, lambda x, hook: self(x))]):
-                yield
+        bridge, hook_name = is_bridge(model), self.config.hook_name
+        width = model.cfg.d_model if bridge else site_dim(model, hook_name)
+        require_width(self.dictionary, hook_name, width)
+        if bridge:
+            edit = (name_in_bridge(model, hook_name), lambda x, hook: self(x))
+            attached = model.hooks(fwd_hooks=[edit])
         else:
-            _require_width(self, site_dim(model, self.config.hook_name))
-            with replace_at(model, self.config.hook_name, self):
-                yield
+            attached = replace_at(model, hook_name, self)
+        with attached:
+            yield
 
     @torch.no_grad()
     def restricted(
@@ -165,14 +164,13 @@ class SaeLora(nn.Module):
         The dictionary is shared.
         """
         other = copy.deepcopy(self, {id(self.dictionary): self.dictionary})
-        before = self.read_weights, self.write_weights
         if read is not None:
             other.read_mask *= read
         if write is not None:
             other.write_mask *= write
-        norms = [(before[0] * other.read_mask[:, None]).norm(dim=0)]
-        norms.append((before[1] * other.write_mask).norm(dim=1))
-        other.scale *= norms[0] * norms[1]  # unit norms are restored; their loss goes to the scale
+        reads = (self.read_weights * other.read_mask[:, None]).norm(dim=0)
+        writes = (self.write_weights * other.write_mask).norm(dim=1)
+        other.scale *= reads * writes  # unit norms are restored; their loss goes to the scale
         return other
 
     def save(self, folder: str | Path, metadata: dict | None = None) -> Path:
@@ -187,12 +185,11 @@ class SaeLora(nn.Module):
                 the adapter writes itself.
         """
         read, write = self.read_support.sort().values, self.write_support.sort().values
-        gates = self.gates or (self.read_mask, self.write_mask)
         tensors = {
             "read": read,
             "write": write,
-            "lora_A": (self.lora_A * gates[0]).detach()[:, read],
-            "lora_B": (self.lora_B * gates[1][:, None]).detach()[write],
+            "lora_A": self.lora_A.detach()[:, read],
+            "lora_B": self.lora_B.detach()[write],
             "scale": self.scale.detach(),
         }
         about = {"d_sae": self.d_sae, "config": asdict(self.config)}
@@ -240,41 +237,10 @@ class SaeLora(nn.Module):
         return SparseActs(read[few.indices], few.values, few.offsets, self.d_sae)
 
 
-def _unit(rows: Float[Tensor, "m n"], dim: int) -> Float[Tensor, "m n"]:
-    return rows / rows.norm(dim=dim, keepdim=True).clamp(min=_EPS)
+def _unit(rows: Float[Tensor, "r d_sae"]) -> Float[Tensor, "r d_sae"]:
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=_EPS)
 
 
 def _support(weights: Float[Tensor, "d_sae r"]) -> Int[Tensor, " n"]:
     norms = weights.norm(dim=1)
     return norms.argsort(descending=True, stable=True)[: int((norms > 0).sum())]
-
-
-def _hook_name(dictionary: Dictionary, config: SaeLoraConfig) -> str:
-    own = dictionary.config.hook_names[0] if dictionary.config.hook_names else ""
-    if config.hook_name and own and config.hook_name != own:
-        raise ValueError(
-            f"need the site that the dictionary was trained at, {own}, got {config.hook_name}"
-        )
-    if not (config.hook_name or own):
-        raise ValueError("need a hook_name: neither the config nor the dictionary has one")
-    name = config.hook_name or own
-    if "hook_z" in name:
-        raise ValueError(f"need a hook_name whose activation is not split into heads, got {name}")
-    return name
-
-
-def _require_sae(dictionary: Dictionary, config: SaeLoraConfig) -> None:
-    if dictionary.config.out_dims is not None or len(dictionary.config.site_dims) != 1:
-        raise ValueError(
-            f"need a dictionary of one site that reconstructs its input, got site_dims "
-            f"{dictionary.config.site_dims}, out_dims {dictionary.config.out_dims}"
-        )
-    config.require_within(dictionary.d_sae)
-
-
-def _require_width(adapter: SaeLora, width: int) -> None:
-    if adapter.dictionary.d_in != width:
-        raise ValueError(
-            f"need a dictionary of width {width} at {adapter.config.hook_name} of this model, "
-            f"got one of {adapter.dictionary.d_in}"
-        )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Mode = Literal["add", "replace"]
-Sparsity = Literal["none", "l1", "proximal", "hoyer", "hard_concrete", "topk"]
+Sparsity = Literal["none", "l1", "topk"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class SaeLoraConfig:
     sparsity: Sparsity = "topk"
     """See `lib.adapters.sae_lora.sparsify`; `none` is the dense variant."""
     weight: float | None = None
-    """Of the penalty, in nats; None: it adapts until `n_read` and `n_write` are met, or is the
-    method's own (`topk`)."""
+    """Of the L1 penalty, in nats; None: `topk` has its own, and that of `l1` adapts until `n_read`
+    and `n_write` are met."""
     n_read: int | None = 16
     """Latents read in the end, over all ranks; None: as many as the penalty leaves."""
     n_write: int | None = 16
@@ -69,7 +69,7 @@ class SaeLoraConfig:
         if self.weight is not None and not 0 <= self.weight < math.inf:
             raise ValueError(f"need weight >= 0 or None, got {self.weight}")
         free = [name for name in ("n_read", "n_write") if getattr(self, name) is None]
-        if free and (self.sparsity == "topk" or (self.penalised and self.weight is None)):
+        if free and (self.sparsity == "topk" or (self.sparsity == "l1" and self.weight is None)):
             raise ValueError(
                 f"need {' and '.join(free)}: sparsity {self.sparsity!r} has nothing else to go by"
             )
@@ -80,8 +80,3 @@ class SaeLoraConfig:
             wanted = getattr(self, name)
             if wanted is not None and wanted > d_sae:
                 raise ValueError(f"need {name} <= d_sae {d_sae}, got {wanted}")
-
-    @property
-    def penalised(self) -> bool:
-        """Whether the method has a weight."""
-        return self.sparsity not in ("none", "topk")

@@ -14,12 +14,11 @@ PARAMS, METADATA, KIND = "params.safetensors", "metadata.json", "sae_lora"
 
 
 def write(folder: Path, tensors: dict[str, Tensor], about: dict, metadata: dict) -> Path:
-    """Write both files or neither.
-
-    Raises:
-        ValueError: see `SaeLora.save`.
-    """
-    require_own(folder)
+    """Write both files or neither; see `SaeLora.save`."""
+    others = sorted({p.name for p in folder.glob("*")} - {PARAMS, METADATA})
+    if others or folder.is_file():
+        got = f"{folder} with {others[:5]}" if others else f"the file {folder}"
+        raise ValueError(f"need a folder that is new or an adapter's, got {got}")
     about = {"kind": KIND, **about}
     if taken := about.keys() & metadata.keys():
         raise ValueError(f"need metadata without {sorted(about)}, got {sorted(taken)}")
@@ -28,16 +27,6 @@ def write(folder: Path, tensors: dict[str, Tensor], about: dict, metadata: dict)
         text = json.dumps({**about, **metadata}, indent=1)
         (new / METADATA).write_text(text + "\n", encoding="utf-8")
     return folder
-
-
-def require_own(folder: Path) -> None:
-    """Raises ValueError where saving would replace what is no adapter's."""
-    is_file = folder.exists() and not folder.is_dir()
-    found = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    others = sorted(found - {PARAMS, METADATA})[:5]
-    if is_file or others:
-        got = f"{folder} with {others}" if others else f"the file {folder}"
-        raise ValueError(f"need a folder that is new or an adapter's, got {got}")
 
 
 def read(folder: Path) -> tuple[int, SaeLoraConfig, dict[str, Tensor]]:

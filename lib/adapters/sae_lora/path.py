@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -17,62 +16,30 @@ def sparsity_path(
     adapter: SaeLora,
     chats: Chats,
     held_out: Chats,
-    sizes: Sequence[int],
+    values: Sequence[int | float],
     config: SaeLoraConfig,
-) -> dict[int, SaeLoraFit]:
-    """From a trained adapter to ever smaller supports of `size` reads and `size` writes.
+) -> dict[int | float, SaeLoraFit]:
+    """From a trained adapter to ever sparser ones, by the value that each was trained with.
 
-    Each starts from the one before, so a whole curve costs little more than its smallest point;
+    Each starts from the one before, so a whole curve costs little more than its last point;
     `adapter` itself stays as it is.
 
     Args:
-        config: of each stage; its `n_read` and `n_write` are set to the stage's size.
+        values: under `topk` falling numbers of latents, of reads as of writes; under `l1` rising
+            weights of the penalty, without a target.
+        config: of each stage, where `values` do not say otherwise.
 
     Raises:
-        ValueError: sizes that do not fall, or a config of the dense variant, which has no size.
+        ValueError: values that do not fall or rise so, or a config of the dense variant.
     """
     if config.sparsity == "none":
-        raise ValueError("need a sparsity method for a path of sizes, got 'none'")
-    if not sizes or list(sizes) != sorted(set(sizes), reverse=True):
-        raise ValueError(f"need sizes that fall, got {list(sizes)}")
-    stages = {size: replace(config, n_read=size, n_write=size) for size in sizes}
-    return _one_after_another(model, adapter, chats, held_out, stages)
-
-
-def weight_path(
-    model: nn.Module,
-    adapter: SaeLora,
-    chats: Chats,
-    held_out: Chats,
-    weights: Sequence[float],
-    config: SaeLoraConfig,
-) -> dict[float, SaeLoraFit]:
-    """From a trained adapter under an ever heavier penalty, without a target: each from the last.
-
-    Args:
-        config: of each stage, with a sparsity that has a weight; weight and targets are set here.
-
-    Raises:
-        ValueError: weights that do not rise, or a method without a weight.
-    """
-    if not config.penalised:
-        raise ValueError(f"need a sparsity with a weight to sweep, got {config.sparsity!r}")
-    if not weights or list(weights) != sorted(set(weights)):
-        raise ValueError(f"need weights that rise, got {list(weights)}")
-    free = {"n_read": None, "n_write": None}
-    stages = {weight: replace(config, weight=weight, **free) for weight in weights}
-    return _one_after_another(model, adapter, chats, held_out, stages)
-
-
-def _one_after_another(
-    model: nn.Module,
-    adapter: SaeLora,
-    chats: Chats,
-    held_out: Chats,
-    stages: dict[Any, SaeLoraConfig],
-) -> dict[Any, SaeLoraFit]:
-    fits = {}
-    for name, stage in stages.items():
+        raise ValueError("need a sparsity method for a path, got 'none'")
+    falling, fits = config.sparsity == "topk", {}
+    if not values or list(values) != sorted(set(values), reverse=falling):
+        raise ValueError(f"need values that {'fall' if falling else 'rise'}, got {list(values)}")
+    for value in values:
+        size, weight = (value, config.weight) if falling else (None, value)
+        stage = replace(config, n_read=size, n_write=size, weight=weight)
         adapter = adapter.restricted()
-        fits[name] = train_sae_lora(model, adapter, chats, held_out, config=stage)
+        fits[value] = train_sae_lora(model, adapter, chats, held_out, config=stage)
     return fits

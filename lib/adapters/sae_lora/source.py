@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lib.adapters.sae_lora.adapter import SaeLora
-from lib.latents.source import Edit, acts_at, moved, require_latents, site
-from lib.models.sites import read, replace, require_eval
+from lib.latents.source import Edit, acts_at, moved, require_latents, require_width
+from lib.models.sites import read, replace, require_eval, site_dim
 from lib.sparse import SparseActs
 
 SIDES = ("read", "write")
@@ -35,11 +35,13 @@ class SaeLoraSource:
             side: `read` or `write`.
 
         Raises:
-            ValueError: another side; what `DictionarySource` refuses.
+            ValueError: another side; a model that `DictionarySource` refuses.
         """
         if side not in SIDES:
             raise ValueError(f"need a side in {SIDES}, got {side!r}")
-        self.hook_name = site(model, adapter.dictionary, adapter.config.hook_name)
+        self.hook_name = adapter.config.hook_name
+        require_width(adapter.dictionary, self.hook_name, site_dim(model, self.hook_name))
+        require_eval(model)
         self.model, self.adapter, self.side = model, adapter, side
         self.n_latents = adapter.d_sae
 

@@ -20,7 +20,7 @@ from lib import training
 from lib.adapters.chat_loss import Chats, ChatStream, assistant_loss, held_out_loss
 from lib.adapters.sae_lora.adapter import SaeLora
 from lib.adapters.sae_lora.config import SaeLoraConfig
-from lib.adapters.sae_lora.sparsify import Regularizer, latent_norms, n_on
+from lib.adapters.sae_lora.sparsify import Regularizer, n_on
 from lib.models.load import weights_fingerprint
 from lib.models.sites import frozen, require_eval
 from lib.training import checkpoint, distributed
@@ -60,7 +60,13 @@ class SaeLoraTrainer:
             ValueError: a model in training mode; a config of another rank or mode.
         """
         config = replace(config or adapter.config, hook_name=adapter.config.hook_name)
-        _check(model, adapter, config)
+        require_eval(model)
+        config.require_within(adapter.d_sae)
+        if config.rank != adapter.rank or config.mode != adapter.config.mode:
+            raise ValueError(
+                f"need a config of rank {adapter.rank} and mode {adapter.config.mode}, like the "
+                f"adapter's, got {config.rank} and {config.mode}"
+            )
         adapter.config = config  # which a saved adapter names
         self.model, self.adapter, self.config = model, adapter, config
         self.chats, self.held_out = chats, held_out
@@ -70,10 +76,7 @@ class SaeLoraTrainer:
             {"params": [adapter.lora_A, adapter.lora_B], "lr": config.lr},
             {"params": [adapter.scale], "lr": config.scale_lr},
         ]
-        if self.regularizer.log_alpha.numel():
-            groups.append({"params": [self.regularizer.log_alpha], "lr": config.scale_lr})
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        self._rates = [group["lr"] for group in groups]
         self.seconds = self.loss = 0.0
         self.best: tuple[float, dict[str, Tensor]] | None = None
         """Held-out loss of the refit's best measurement, and the weights there."""
@@ -89,42 +92,36 @@ class SaeLoraTrainer:
             FloatingPointError: the loss is not finite.
         """
         began = time.perf_counter()
-        adapter, config, searching = self.adapter, self.config, step < self.config.n_steps
-        rate = self._set_rate_(step)
+        config, searching = self.config, step < self.config.n_steps
+        self._set_rate_(step)
         self.optimizer.zero_grad(set_to_none=True)
         n_tokens = sum(int((part["labels"][:, 1:] >= 0).sum()) for part in batch)
         self.loss = 0.0
         with self._running():
             for i, part in enumerate(batch):
-                if searching:  # the same gates for every part of the batch, in a graph of its own
-                    noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-                    self.regularizer.before_step(adapter, noise)
                 loss = assistant_loss(self.model, part)[0] / n_tokens
                 self.loss += loss.item()
                 if searching and i == 0:
-                    loss = loss + self.regularizer.penalty(adapter)
+                    loss = loss + self.regularizer.penalty()
                 loss.backward()
         if not math.isfinite(self.loss):
             raise FloatingPointError(f"the loss is {self.loss} at step {step}; use a smaller lr")
         clip_grad_norm_(self._parameters(), config.grad_clip)
         self.optimizer.step()
         if searching:
-            self.regularizer.after_step(adapter, rate, (step + 1) / config.n_steps)
+            self.regularizer.after_step((step + 1) / config.n_steps)
         if step + 1 == config.n_steps:
-            self.regularizer.finish(adapter)
+            self.regularizer.finish()
             self.optimizer.state.clear()  # moments of latents that are gone
         self.seconds += time.perf_counter() - began
 
     def report(self, n_done: int) -> dict | None:
         """See `SaeLoraFit.history`; also decides whether to stop early."""
-        config, adapter = self.config, self.adapter
+        config = self.config
         if n_done % config.eval_every and n_done not in (config.n_steps, self.n_steps):
             return None
         began = time.perf_counter()
-        if adapter.gates is not None:  # not the last draw, but what the gates have come to
-            adapter.gates = self.regularizer.likely_gates()
         with torch.no_grad(), self._running():
-            norms = [n_on(x) for x in latent_norms(adapter)]
             loss = held_out_loss(self.model, self.held_out)
         if config.patience and n_done >= config.n_steps:
             if self.best is None or loss < self.best[0]:
@@ -132,13 +129,14 @@ class SaeLoraTrainer:
             else:
                 self.since_best += 1
             self.stopped = self.since_best >= config.patience
+        n_read, n_write = n_on(self.adapter)
         self.seconds += time.perf_counter() - began
         return {
             "phase": "search" if n_done <= config.n_steps else "refit",
             "loss": self.loss,
             "held_out": loss,
-            "n_read": norms[0],
-            "n_write": norms[1],
+            "n_read": n_read,
+            "n_write": n_write,
             "weight_read": self.regularizer.weights[0].item(),
             "weight_write": self.regularizer.weights[1].item(),
             "seconds": self.seconds,
@@ -180,7 +178,6 @@ class SaeLoraTrainer:
         numbers = [self.seconds, self.loss, self.since_best, self.stopped]
         trainer = {
             "weights": regularizer.weights,
-            "log_alpha": regularizer.log_alpha,
             "started": torch.tensor(regularizer.started),
             "numbers": torch.tensor(numbers, dtype=torch.float64),
         }
@@ -194,7 +191,6 @@ class SaeLoraTrainer:
         trainer, regularizer = parts["trainer"], self.regularizer
         self._restore_(parts["model"])
         regularizer.weights.copy_(trainer["weights"])
-        regularizer.log_alpha.data.copy_(trainer["log_alpha"])
         regularizer.started = tuple(trainer["started"].tolist())
         self.seconds, self.loss, since_best, stopped = trainer["numbers"].tolist()
         self.since_best, self.stopped = int(since_best), bool(stopped)
@@ -216,15 +212,14 @@ class SaeLoraTrainer:
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _set_rate_(self, step: int) -> float:
-        """Constant while the support is found, then a cosine to 0; returns the weights' rate."""
+    def _set_rate_(self, step: int) -> None:
+        """Constant while the support is found, then a cosine to 0."""
         c, searching = self.config, step < self.config.n_steps
         since = step if searching else step - c.n_steps
         rise = min(1.0, (since + 1) / WARMUP)
         fall = 1.0 if searching else 0.5 * (1 + math.cos(math.pi * since / c.n_refit))
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, (c.lr, c.scale_lr), strict=True):
             group["lr"] = rate * rise * fall
-        return self.optimizer.param_groups[0]["lr"]
 
     @torch.no_grad()
     def _restore_(self, weights: dict[str, Tensor]) -> None:
@@ -262,30 +257,17 @@ def train_sae_lora(
     """
     distributed.require_one_process("SAE-LoRA")
     trainer = SaeLoraTrainer(model, adapter, chats, held_out, config)
-    try:
-        with adapter.attached(model):  # a width that does not fit is found before anything
-            pass
-        history, _ = training.fit(
-            {"SAE-LoRA": trainer},
-            ChatStream(chats, trainer.config.accumulate),
-            folder=folder,
-            resume=resume,
-            checkpoint_every=checkpoint_every,
-            on_log=lambda entries: on_eval(entries["SAE-LoRA"]) if on_eval else None,
-        )
-    finally:
-        adapter.gates = None  # gates that are learned do not outlive the training
+    with adapter.attached(model):  # a width that does not fit is found before anything
+        pass
+    history, _ = training.fit(
+        {"SAE-LoRA": trainer},
+        ChatStream(chats, trainer.config.accumulate),
+        folder=folder,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        on_log=lambda entries: on_eval(entries["SAE-LoRA"]) if on_eval else None,
+    )
     trainer.finished()
     if folder is not None:
         checkpoint.clear(Path(folder))
     return SaeLoraFit(adapter, history["SAE-LoRA"], trainer.seconds)
-
-
-def _check(model: nn.Module, adapter: SaeLora, config: SaeLoraConfig) -> None:
-    require_eval(model)
-    if config.rank != adapter.rank or config.mode != adapter.config.mode:
-        raise ValueError(
-            f"need a config of rank {adapter.rank} and mode {adapter.config.mode}, like the "
-            f"adapter's, got {config.rank} and {config.mode}"
-        )
-    config.require_within(adapter.d_sae)

@@ -9,16 +9,13 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from lib.display.figures.latents import require_rows, shown
-from lib.display.figures.plots import LAYOUT
+from lib.display.figures.latents import shown
+from lib.display.figures.plots import LAYOUT, require_rows
 
 SIDE_COLOURS = {"read": "#1f77b4", "write": "#d62728"}
 """A side of an adapter keeps its colour in every notebook."""
 
-METHOD_COLOURS = {
-    "dense": "#000000", "none": "#000000", "l1": "#7f7f7f", "proximal": "#bcbd22",
-    "hoyer": "#ff7f0e", "hard_concrete": "#9467bd", "topk": "#1f77b4",
-}  # fmt: skip
+METHOD_COLOURS = {"dense": "#000000", "l1": "#7f7f7f", "topk": "#1f77b4"}
 """A sparsity method keeps its colour in every notebook."""
 
 REFERENCE = "#9aa0a6"

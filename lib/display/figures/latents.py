@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from plotly.colors import qualitative
 from torch import Tensor
 
-from lib.display.figures.plots import COLOURS, LAYOUT
+from lib.display.figures.plots import COLOURS, LAYOUT, require_rows
 from lib.latents.steering import DoseResponse
 
 _NO_BREAK = "\u00a0"
@@ -127,12 +127,6 @@ def _band(
         hoverinfo="skip",
         showlegend=False,
     )
-
-
-def require_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError for nothing to draw."""
-    if not rows:
-        raise ValueError("need at least one row to draw, got none")
 
 
 def _tokens(pairs: Sequence[tuple[str, float]]) -> str:

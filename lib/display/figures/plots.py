@@ -35,15 +35,8 @@ def losses_by_token(
 ) -> go.Figure:
     """Nats of every token of one chat: the model's beside the exact floor; lower is better."""
     places = list(range(len(tokens)))
-    figure = go.Figure(
-        [
-            go.Bar(x=places, y=list(floor), name="exact floor", marker_color=COLOURS["floor"]),
-            go.Bar(x=places, y=list(model), name="model", marker_color=COLOURS["model"]),
-        ]
-    )
-    figure.update_layout(
-        title="What each token costs, given those before it", height=380, barmode="group", **LAYOUT
-    )
+    title = "What each token costs, given those before it"
+    figure = _beside_the_floor(places, {"floor": floor, "model": model}, title)
     figure.update_xaxes(tickvals=places, ticktext=list(tokens), tickangle=-60)
     figure.update_yaxes(title="nats (lower is better)")
     return figure
@@ -51,20 +44,19 @@ def losses_by_token(
 
 def losses_by_split(losses: Mapping[str, Mapping[str, float]]) -> go.Figure:
     """Mean nats per token for each split, from `{split: {"model": …, "floor": …}}`."""
-    splits = list(losses)
-    bars = [
-        go.Bar(
-            x=splits,
-            y=[losses[split][kind] for split in splits],
-            name={"model": "model", "floor": "exact floor"}[kind],
-            marker_color=COLOURS[kind],
-            text=[f"{losses[split][kind]:.3f}" for split in splits],
-        )
-        for kind in ("floor", "model")
-    ]
-    figure = go.Figure(bars)
-    figure.update_layout(title="Loss against the floor", height=380, barmode="group", **LAYOUT)
+    kinds = {kind: [of[kind] for of in losses.values()] for kind in ("floor", "model")}
+    figure = _beside_the_floor(list(losses), kinds, "Loss against the floor")
+    figure.update_traces(texttemplate="%{y:.3f}")
     figure.update_yaxes(title="nats per token (lower is better)")
+    return figure
+
+
+def _beside_the_floor(x: list, losses: Mapping[str, Sequence[float]], title: str) -> go.Figure:
+    names = {"floor": "exact floor", "model": "model"}
+    figure = go.Figure()
+    for kind, values in losses.items():
+        figure.add_bar(x=x, y=list(values), name=names[kind], marker_color=COLOURS[kind])
+    figure.update_layout(title=title, height=380, barmode="group", **LAYOUT)
     return figure
 
 
@@ -75,22 +67,30 @@ def frontier(points: Sequence[Mapping[str, Any]]) -> go.Figure:
         points: for each `name`, `recipe` (its colour; marks of one recipe are joined), `l0`,
             `loss_recovered`.
     """
-    figure = go.Figure()
-    for recipe in dict.fromkeys(point["recipe"] for point in points):
-        own = sorted((p for p in points if p["recipe"] == recipe), key=lambda p: p["l0"])
-        figure.add_scatter(
-            x=[p["l0"] for p in own],
-            y=[p["loss_recovered"] for p in own],
-            text=[p["name"] for p in own],
-            name=recipe,
-            mode="markers+lines" if len(own) > 1 else "markers",
-            marker={"size": 11, "color": RECIPE_COLOURS.get(recipe)},
-            hovertemplate="%{text}<br>l0 %{x:.1f}<br>loss recovered %{y:.4f}<extra></extra>",
-        )
+    figure = marks_by_recipe(points, "loss_recovered")
     title = "What a code of so many latents recovers of the model's loss"
     figure.update_layout(title=title, height=460, **LAYOUT)
     figure.update_xaxes(title="l0: latents per token (log; fewer is better)", type="log")
     figure.update_yaxes(title="loss recovered (higher is better)")
+    return figure
+
+
+def marks_by_recipe(points: Sequence[Mapping[str, Any]], field: str) -> go.Figure:
+    """`field` over l0; marks of one recipe are joined, those of `spalf` are stars."""
+    figure = go.Figure()
+    for recipe in dict.fromkeys(point["recipe"] for point in points):
+        own = sorted((p for p in points if p["recipe"] == recipe), key=lambda p: p["l0"])
+        symbol, size = ("star", 16) if recipe == "spalf" else ("circle", 10)
+        name = field.replace("_", " ")
+        figure.add_scatter(
+            x=[p["l0"] for p in own],
+            y=[p[field] for p in own],
+            text=[p["name"] for p in own],
+            name=recipe,
+            mode="markers+lines" if len(own) > 1 else "markers",
+            marker={"symbol": symbol, "size": size, "color": RECIPE_COLOURS.get(recipe)},
+            hovertemplate=f"%{{text}}<br>l0 %{{x:.1f}}<br>{name} %{{y:.4f}}<extra></extra>",
+        )
     return figure
 
 
@@ -115,25 +115,14 @@ def concept_scores(
 ) -> go.Figure:
     """Mean F1 over concepts with the best latent and with five, under a linear probe's."""
     names = sorted(scores, key=lambda name: scores[name]["best"])
-    shades = {"best": ("best single latent", "#1f77b4"), "five": ("five latents", "#aec7e8")}
-    bars = [
-        go.Bar(
-            y=names,
-            x=[scores[name][kind] for name in names],
-            name=label,
-            orientation="h",
-            marker_color=colour,
-            text=[f"{scores[name][kind]:.2f}" for name in names],
-        )
-        for kind, (label, colour) in reversed(shades.items())
-    ]
-    figure = go.Figure(bars)
-    figure.add_vline(
-        x=ceiling,
-        line_dash="dot",
-        annotation_text="linear probe",
-        annotation_position="bottom right",
-    )
+    shades = {"five": ("five latents", "#aec7e8"), "best": ("best single latent", "#1f77b4")}
+    figure = go.Figure()
+    for kind, (label, colour) in shades.items():
+        x = [scores[name][kind] for name in names]
+        figure.add_bar(y=names, x=x, name=label, orientation="h", marker_color=colour)
+    figure.update_traces(texttemplate="%{x:.2f}")
+    place = {"annotation_text": "linear probe", "annotation_position": "bottom right"}
+    figure.add_vline(x=ceiling, line_dash="dot", **place)
     height = 140 + 34 * len(names)
     figure.update_layout(title=title, height=height, barmode="group", **LAYOUT)
     figure.update_xaxes(title="mean F1 over concepts (higher is better)", range=[0, 1])
@@ -146,18 +135,15 @@ def concept_heatmap(scores: Mapping[str, Mapping[str, float]], title: str) -> go
     methods = list(scores)
     concepts = list(scores[methods[0]])
     values = [[scores[method][concept] for concept in concepts] for method in methods]
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            x=concepts,
-            y=methods,
-            zmin=0,
-            zmax=1,
-            colorscale="Blues",
-            colorbar={"title": "F1"},
-        )
-    )
+    scale = {"zmin": 0, "zmax": 1, "colorscale": "Blues", "colorbar": {"title": "F1"}}
+    figure = go.Figure(go.Heatmap(z=values, x=concepts, y=methods, **scale))
     figure.update_layout(title=title, height=160 + 24 * len(methods), **LAYOUT)
     figure.update_xaxes(tickangle=-60, dtick=1)
     figure.update_yaxes(autorange="reversed", dtick=1)
     return figure
+
+
+def require_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for nothing to draw."""
+    if not rows:
+        raise ValueError("need at least one row to draw, got none")

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from IPython.display import display
 from plotly.subplots import make_subplots
 
-from lib.display.figures.plots import LAYOUT, RECIPE_COLOURS
+from lib.display.figures.plots import LAYOUT, RECIPE_COLOURS, marks_by_recipe, require_rows
 
 CONSTRAINT_COLOURS = {
     "faithfulness": "#1f77b4", "drift": "#ff7f0e", "orthogonality": "#2ca02c", "kl": "#d62728",
@@ -55,7 +55,7 @@ def constraint_curves(
     Raises:
         ValueError: no entries.
     """
-    _require(history)
+    require_rows(history)
     heights = {"row_heights": [0.44, 0.28, 0.28], "vertical_spacing": 0.05}
     figure = make_subplots(rows=3, cols=1, shared_xaxes=True, **heights)
     names = dict.fromkeys(name for entry in history for name in entry["violations"])
@@ -102,7 +102,7 @@ def l0_r2_curves(
     Raises:
         ValueError: no entries.
     """
-    _require(history)
+    require_rows(history)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06)
     tokens = [entry["tokens"] for entry in history]
     for row, field in enumerate(("l0", "r2"), start=1):
@@ -135,20 +135,8 @@ def l0_against_r2(points: Sequence[Mapping[str, Any]], r2_target: float | None =
             `spalf` are stars), `l0`, `r2`.
         r2_target: drawn as a dotted line.
     """
-    figure = go.Figure()
-    for recipe in dict.fromkeys(point["recipe"] for point in points):
-        own = sorted((p for p in points if p["recipe"] == recipe), key=lambda p: p["l0"])
-        star = recipe == "spalf"
-        marker = {"symbol": "star", "size": 16} if star else {"symbol": "circle", "size": 9}
-        figure.add_scatter(
-            x=[p["l0"] for p in own],
-            y=[1 - p["r2"] for p in own],
-            text=[p["name"] for p in own],
-            name=recipe,
-            mode="markers+lines" if len(own) > 1 else "markers",
-            marker={**marker, "color": RECIPE_COLOURS.get(recipe)},
-            hovertemplate="%{text}<br>l0 %{x:.1f}<br>1 - r2 %{y:.4f}<extra></extra>",
-        )
+    left = [{**point, "1 - r2": 1 - point["r2"]} for point in points]
+    figure = marks_by_recipe(left, "1 - r2")
     if r2_target is not None:
         figure.add_hline(y=1 - r2_target, line_dash="dot", line_width=1)
         place = {"x": 1, "xref": "x domain", "xanchor": "right", "yanchor": "bottom"}
@@ -159,7 +147,7 @@ def l0_against_r2(points: Sequence[Mapping[str, Any]], r2_target: float | None =
     figure.update_xaxes(title="l0: latents per token (log; fewer is better)")
     figure.update_xaxes(**_log_axis([p["l0"] for p in points]))
     figure.update_yaxes(title="1 - r2 (log; lower is better)")
-    figure.update_yaxes(**_log_axis([1 - p["r2"] for p in points]))
+    figure.update_yaxes(**_log_axis([point["1 - r2"] for point in left]))
     return figure
 
 
@@ -172,7 +160,7 @@ def ablation_bars(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     Raises:
         ValueError: no rows.
     """
-    _require(rows)
+    require_rows(rows)
     full, *_ = rows
     colours = [RECIPE_COLOURS["spalf"], *["#d0d4d9"] * (len(rows) - 1)]
     bars = go.Bar(
@@ -193,11 +181,6 @@ def ablation_bars(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     figure.update_xaxes(title="l0: latents per token (fewer is better at equal r2)")
     figure.update_yaxes(autorange="reversed", automargin=True)
     return figure
-
-
-def _require(entries: Sequence[Mapping[str, Any]]) -> None:
-    if not entries:
-        raise ValueError("need at least one entry to draw, got none")
 
 
 def _log_axis(values: Sequence[float]) -> dict[str, Any]:
