@@ -25,8 +25,8 @@ demo: .venv/installed-$(EXTRAS)
 	@echo "To change and run them yourself: make lab"
 
 test: .venv/installed-$(EXTRAS) chromium
-	$(PARALLEL) $(BIN)/pytest -n auto --dist worksteal -m "not slow" tests
-	$(PARALLEL) LATENT_BENCH_TYPES=0 $(BIN)/pytest -n auto --dist worksteal -m slow tests
+	$(PARALLEL) $(BIN)/pytest -n auto --dist loadgroup -m "not slow" tests
+	$(PARALLEL) LATENT_BENCH_TYPES=0 $(BIN)/pytest -n auto --dist loadgroup -m slow tests
 	$(PARALLEL) $(BIN)/pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
 
 # The browser that tests/test_lab.py drives. Where it cannot be installed, that test is skipped.

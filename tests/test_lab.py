@@ -22,9 +22,10 @@ from lib.latents.steering import scale
 from lib.models.generate import answer
 from tests import lab
 
-pytestmark = pytest.mark.skipif(
-    lab.CHROMIUM is None, reason="needs chromium: apt-get install chromium"
-)
+pytestmark = [
+    pytest.mark.skipif(lab.CHROMIUM is None, reason="needs chromium: apt-get install chromium"),
+    pytest.mark.xdist_group("chromium"),
+]
 MODEL = paths.shipped_dir() / "models" / "tiny-gemma2"
 DICTIONARY = paths.shipped_dir() / "saes" / "tiny-gemma2" / "topk"
 
@@ -165,8 +166,8 @@ def test_the_browser_in_jupyterlab(server, folder, page, tmp_path, gemma, shippe
 def test_notebook_01_in_jupyterlab(server, folder, page):
     """The whole notebook, made small, and the browser at its end."""
     small = {
-        "n_examples": 300, "n_steps": 30, "n_refit": 6, "sizes": [8], "l1_weights": [1e-3],
-        "n_prompts": 5, "record_tokens": 4000, "dense_lora": False, "device": "cpu",
+        "n_examples": 120, "n_steps": 12, "n_refit": 2, "sizes": [8], "l1_weights": [1e-3],
+        "n_prompts": 4, "record_tokens": 3000, "dense_lora": False, "device": "cpu",
     }  # fmt: skip
     notebook = nbformat.read(paths.root() / "notebooks" / "01_sae_lora.ipynb", 4)
     parameters = next(cell for cell in notebook.cells if cell.cell_type == "code")

@@ -13,6 +13,7 @@ from lib.activations.moments import Moments
 TRACE_KEPT = 0.99
 ALPHA_SHARE = 0.01
 ROUNDING = 1e-7  # relative standard deviation that float32 makes of a constant
+MAX_TOKENS = 1_000_000  # that a covariance is estimated from
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,38 +152,26 @@ class Whitener:
 
 
 @torch.no_grad()
-def calibrate(
-    batches: Iterator[Float[Tensor, "n d_in"]],
-    *,
-    tolerance: float = 1e-3,
-    min_tokens: int | None = None,
-    max_tokens: int = 1_000_000,
-) -> Moments:
+def calibrate(batches: Iterator[Float[Tensor, "n d_in"]], *, tolerance: float = 1e-3) -> Moments:
     """Mean and covariance of as much of a stream as it takes for the covariance to settle.
 
-    Reads until a batch changes the covariance by less than `tolerance`, or `max_tokens` were seen;
-    no batch beyond that is drawn. The change is relative, in Frobenius norm. Of shuffled tokens it
-    falls as √batch / tokens, so larger batches take longer; one smaller than the largest so far
-    (the last of a file) is judged together with those after it. In memory the gate costs one
-    `[d_in d_in]` matrix beside those of `Moments`.
-
-    Args:
-        min_tokens: never stop before so many; None is twice `d_in`.
+    Reads at least `2 d_in` tokens, until a batch changes the covariance by less than `tolerance`
+    or `MAX_TOKENS` were seen; no batch beyond that is drawn. The change is relative, in Frobenius
+    norm. Of shuffled tokens it falls as √batch / tokens, so larger batches take longer; one smaller
+    than the largest so far (the last of a file) is judged together with those after it. In memory
+    the gate costs one `[d_in d_in]` matrix beside those of `Moments`.
 
     Raises:
-        ValueError: the stream ends before `min_tokens`, or before the covariance settled; the same
-            activations at every token; NaN or infinity; a batch of another width; `max_tokens`
-            below `min_tokens`.
+        ValueError: the stream ends before that; the same activations at every token; NaN or
+            infinity; a batch of another width.
     """
-    _check_gate(tolerance, min_tokens, max_tokens)
     moments = previous = None
-    change, needed = float("inf"), min_tokens or 2
+    change, needed = float("inf"), 2
     largest = pending = 0
     for x in batches:
         if moments is None:
             moments = Moments(x.shape[1], x.device)
-            needed = min_tokens or 2 * x.shape[1]
-            _check_gate(tolerance, needed, max_tokens)
+            needed = 2 * x.shape[1]
         moments.update(x)
         largest, pending = max(largest, len(x)), pending + len(x)
         if pending >= largest and moments.count >= 2:
@@ -193,7 +182,7 @@ def calibrate(
             previous = covariance
         if moments.count >= needed:
             require_varying(moments)
-            if change < tolerance or moments.count >= max_tokens:
+            if change < tolerance or moments.count >= MAX_TOKENS:
                 return moments
     n_tokens = 0 if moments is None else moments.count
     if n_tokens < needed:
@@ -211,13 +200,3 @@ def require_varying(moments: Moments) -> None:
         raise ValueError(
             f"need activations that vary, got the same at each of {moments.count} tokens"
         )
-
-
-def _check_gate(tolerance: float, min_tokens: int | None, max_tokens: int) -> None:
-    if not tolerance > 0:
-        raise ValueError(f"need tolerance > 0, got {tolerance}")
-    if min_tokens is not None and min_tokens < 2:
-        raise ValueError(f"need min_tokens >= 2, got {min_tokens}")
-    needed = min_tokens or 2
-    if max_tokens < needed:
-        raise ValueError(f"need max_tokens >= min_tokens {needed}, got {max_tokens}")
