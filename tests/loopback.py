@@ -1,35 +1,35 @@
-"""A chat-completions server on 127.0.0.1 that misbehaves on demand.
+"""A chat-completions server that misbehaves on demand, in this process and without a socket.
 
-In tests: `with Loopback(fault=...) as server: ... server.url`. By hand, for a notebook:
-`python -m tests.loopback --port 8765`, then `base_url=http://127.0.0.1:8765/v1`. It answers what
-`lib.data.rewrite` asks by simple rules: a prompt with digits or number words is about mathematics,
-and every rewriting puts "[FR] " before the response.
+Inside `with Loopback(fault=...) as server`, requests of `lib.data.llm` end here instead of in a
+network. It answers what `lib.data.rewrite` asks by simple rules: a prompt with digits is about
+mathematics, and every rewriting puts "[FR] " before the response.
 """
 
-import argparse
-import contextlib
+import asyncio
+import functools
+import inspect
 import json
 import multiprocessing
-import re
-import ssl
-import threading
+import sys
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Self
+from unittest import mock
 
+import openai
+
+from lib.data import endpoint
 from tests.kills import kill
 
-TLS = ssl.create_default_context()
-NUMBERS = "one two three four five six seven eight nine ten plus minus sum number percent"
-MATHS = re.compile(rf"\d|\b({'|'.join(NUMBERS.split())})\b", re.IGNORECASE)
+# openai's own, httpx or httpx2
+httpx = sys.modules[openai.DefaultAsyncHttpxClient.__base__.__module__.partition(".")[0]]
 
 
 def question(body: dict) -> dict:
     """The data of a request: the first line of its messages that is a JSON object."""
     lines = body["messages"][0]["content"].splitlines()
-    return json.loads(next((line for line in lines if line.startswith("{")), "{}"))
+    return json.loads(next(line for line in lines if line.startswith("{")))
 
 
 def by_rules(body: dict) -> dict[str, Any]:
@@ -37,55 +37,43 @@ def by_rules(body: dict) -> dict[str, Any]:
     data = question(body)
     if "response" in data:
         return {"response": f"[FR] {data['response']}"}
-    maths = bool(MATHS.search(data.get("prompt", "")))
+    maths = any(character.isdigit() for character in data["prompt"])
     return {"topic": "mathematics" if maths else "something else", "matches": maths}
 
 
 def isolate(monkeypatch: Any, root: Path) -> None:
-    """For tests: no key, address, `.env` or proxy of the developer's; short back-off.
-
-    Reading the machine's certificates takes 0.1 s a client, so that is done once.
-    """
+    """For tests: no key, address, `.env` or proxy of the developer's; short back-off."""
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("LATENT_BENCH_ROOT", str(root))
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("ssl.create_default_context", lambda *args, **kwargs: TLS)
 
 
-class Loopback(ThreadingHTTPServer):
-    """`fault(number, body)` names what goes wrong with that request, counted from 1:
+class Loopback:
+    """`fault(number, body)` names what goes wrong with that request, counted from 1, or waits:
 
     a status (`429`, `429 after 90` with Retry-After), `silent`, `trickle`, `drop` (half a reply),
     `html`, `broken` (no JSON), `schema` (wrong fields), `fenced`, `refusal`, `cut`, `no usage`, or
     None.
     """
 
-    daemon_threads = True
-    request_queue_size = 128
+    url = "http://127.0.0.1:8765/v1"
 
     def __init__(
         self,
         *,
-        port: int = 0,
         answer: Callable[[dict], dict] = by_rules,
-        fault: Callable[[int, dict], str | None] = lambda number, body: None,
+        fault: Callable[[int, dict], str | Awaitable[None] | None] = lambda number, body: None,
         key: str | None = None,
         model: str | None = None,
         refused_options: tuple[str, ...] = (),
         completion_tokens: int = 10,
     ) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
         self.answer, self.fault, self.key, self.model = answer, fault, key, model
         self.refused_options, self.completion_tokens = refused_options, completion_tokens
-        self.lock, self.closing = threading.Lock(), threading.Event()
         self.bodies: list[dict] = []
         self.in_flight = self.most_in_flight = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def settings(self, folder: Path, **settings: Any) -> dict[str, Any]:
         """For `LlmConfig`: patient enough for a busy machine, and a cache below `folder`."""
@@ -93,101 +81,52 @@ class Loopback(ThreadingHTTPServer):
         return known | {"max_retries": 2, "max_concurrency": 4, "timeout": 20.0} | settings
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        client = functools.partial(endpoint.HttpClient, transport=httpx.MockTransport(self.serve))
+        self.patch = mock.patch.object(endpoint, "HttpClient", client)
+        self.patch.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.closing.set()
-        self.shutdown()
-        self.server_close()
+        self.patch.stop()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is part of the tests."""
-
-
-@contextlib.contextmanager
-def killed_after(n_kept: int, job: Callable[[], None], server: Loopback, cache: Path) -> Iterator:
-    """Run `job` in a process and kill it with `n_kept` answers on disk; then `server` serves on.
-
-    Later requests are held until then, so the job cannot end before. It is forked, so that nothing
-    is imported again, before the server has threads.
-    """
-    dead = threading.Event()
-
-    def hold(number: int, body: dict) -> None:
-        if number > n_kept:
-            dead.wait()
-
-    server.fault = hold
-    process = multiprocessing.get_context("fork").Process(target=job)
-    process.start()
-    with server:
-        while process.is_alive() and not (cache.exists() and _n_lines(cache) >= n_kept):
-            time.sleep(0.002)
-        kill(process)
-        dead.set()
-        while server.in_flight:
-            time.sleep(0.002)
-        assert _n_lines(cache) == n_kept <= len(server.bodies) <= n_kept + 4
-        yield
-
-
-def _n_lines(file: Path) -> int:
-    return file.read_bytes().count(b"\n")
-
-
-class Handler(BaseHTTPRequestHandler):
-    disable_nagle_algorithm = True  # headers and body are two writes
-    protocol_version = "HTTP/1.1"
-    server: Loopback
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server = self.server
-        with server.lock:
-            server.bodies.append(body)
-            number = len(server.bodies)
-            server.in_flight += 1
-            server.most_in_flight = max(server.most_in_flight, server.in_flight)
+    async def serve(self, request: Any) -> Any:
+        assert str(request.url) == f"{self.url}/chat/completions"
+        body = json.loads(request.content)
+        self.bodies.append(body)
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            reply = self._reply(body, server.fault(number, body) or "")
+            fault = self.fault(len(self.bodies), body)
+            fault = await fault if inspect.isawaitable(fault) else fault
+            return self._problem(request, body) or self._reply(request, body, fault or "")
         finally:
-            with server.lock:  # before the reply: the client may be quicker than this thread
-                server.in_flight -= 1
-        if reply:
-            self._send(*reply)
+            self.in_flight -= 1
 
-    def _reply(self, body: dict, fault: str) -> tuple | None:
-        """Status, body and headers; None if there is no whole reply to send."""
-        kind, _, value = fault.partition(" ")
-        if problem := self._problem(body):
-            return problem
-        if kind.isdigit():
-            headers = {"Retry-After": value.removeprefix("after ")} if value else {}
-            return *_error(int(kind), f"asked to fail with {kind}"), headers
-        if kind == "html":
-            return 200, "<html>a proxy's page</html>", {"Content-Type": "text/html"}
-        if kind in ("silent", "trickle", "drop"):
-            return self._stall(kind)
-        return 200, self._completion(body, fault)
-
-    def _problem(self, body: dict) -> tuple | None:
-        server = self.server
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if server.key and given != server.key:
+    def _problem(self, request: Any, body: dict) -> Any:
+        given = request.headers["Authorization"].removeprefix("Bearer ")
+        if self.key and given != self.key:
             return _error(401, f"Incorrect API key provided: {given}")
-        if server.model and body["model"] != server.model:
+        if self.model and body["model"] != self.model:
             return _error(404, f"The model {body['model']} does not exist")
-        for name in server.refused_options:
+        for name in self.refused_options:
             if name in body:
                 return _error(400, f"Unsupported parameter: '{name}' is not supported here.")
         return None
 
-    def _completion(self, body: dict, fault: str) -> dict:
-        content = json.dumps({"unknown": 1} if fault == "schema" else self.server.answer(body))
+    def _reply(self, request: Any, body: dict, fault: str) -> Any:
+        status, _, seconds = fault.partition(" after ")
+        if status.isdigit():
+            headers = {"Retry-After": seconds} if seconds else {}
+            return _error(int(status), f"asked to fail with {status}", headers)
+        if fault == "silent":
+            raise httpx.ReadTimeout(fault, request=request)
+        if fault == "drop":
+            raise httpx.RemoteProtocolError(fault, request=request)
+        if fault == "trickle":
+            return httpx.Response(200, content=_trickle())
+        if fault == "html":
+            return httpx.Response(200, html="<html>a proxy's page</html>")
+        content = json.dumps({"unknown": 1} if fault == "schema" else self.answer(body))
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if fault == "broken":
             message["content"] = content[: len(content) // 2]
@@ -195,47 +134,40 @@ class Handler(BaseHTTPRequestHandler):
             message["content"] = f"<think>{{so}}</think>Here it is:\n```json\n{content}\n```"
         if fault == "refusal":
             message |= {"content": None, "refusal": "I will not."}
-        reason = "length" if fault == "cut" else "stop"
-        usage = {"prompt_tokens": 100, "completion_tokens": self.server.completion_tokens}
-        choice = {"index": 0, "message": message, "finish_reason": reason}
-        completion = {"id": "x", "object": "chat.completion", "created": 0, "choices": [choice]}
-        return completion | ({} if fault == "no usage" else {"usage": usage})
-
-    def _stall(self, kind: str) -> None:
-        self.close_connection = True
-        if kind != "silent":
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n{")
-        while kind != "drop" and not self.server.closing.wait(0.02):
-            self.wfile.write(b" " if kind == "trickle" else b"")
-
-    def _send(self, status: int, body: dict | str, headers: dict[str, str] | None = None) -> None:
-        data = (body if isinstance(body, str) else json.dumps(body)).encode()
-        self.send_response(status)
-        for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        choice = {"message": message, "finish_reason": "length" if fault == "cut" else "stop"}
+        usage = {"prompt_tokens": 100, "completion_tokens": self.completion_tokens}
+        told = {} if fault == "no usage" else {"usage": usage}
+        return httpx.Response(200, content=json.dumps({"choices": [choice]} | told))
 
 
-def _error(status: int, message: str) -> tuple[int, dict]:
-    return status, {"error": {"message": message, "type": "error", "param": None, "code": None}}
+async def _trickle() -> AsyncIterator[bytes]:
+    while True:
+        yield b" "
+        await asyncio.sleep(0.02)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--key", help="the only key that is let in")
-    parser.add_argument("--fault", help="what goes wrong with every tenth request, e.g. 500")
-    args = parser.parse_args()
-
-    def fault(number: int, body: dict) -> str | None:
-        return args.fault if number % 10 == 0 else None
-
-    server = Loopback(port=args.port, key=args.key, fault=fault)
-    print(f"listening on {server.url}", flush=True)
-    server.serve_forever()
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Any:
+    error = {"message": message, "type": "error", "param": None, "code": None}
+    return httpx.Response(status, json={"error": error}, headers=headers)
 
 
-if __name__ == "__main__":
-    main()
+def kill_after(n_kept: int, server: Loopback, job: Callable[[], None], cache: Path) -> None:
+    """Run `job` in a fork, where later requests wait, and kill it with `n_kept` answers on disk."""
+
+    async def hold(number: int, body: dict) -> None:
+        if number > n_kept:
+            await asyncio.Event().wait()
+
+    def held() -> None:
+        server.fault = hold
+        job()
+
+    def n_lines() -> int:
+        return cache.read_bytes().count(b"\n") if cache.exists() else 0
+
+    process = multiprocessing.get_context("fork").Process(target=held)
+    process.start()
+    while process.is_alive() and n_lines() < n_kept:
+        time.sleep(0.002)
+    kill(process)
+    assert n_lines() == n_kept

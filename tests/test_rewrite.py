@@ -1,8 +1,6 @@
-"""The behaviour pipeline: with the world, and with a real server on loopback."""
+"""The behaviour pipeline: with the world, and with a server."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ from datasets import Dataset, load_from_disk
 
 from lib.data.llm import BudgetExceeded, EndpointError, LlmConfig
 from lib.data.rewrite import LlmBackend, WorldBackend, build_behaviour
-from tests.loopback import Loopback, by_rules, isolate, killed_after, question
+from tests.loopback import Loopback, by_rules, isolate, kill_after, question
 
 KEY = "sk-loopback-0123456789-secret"
 FRENCH = "respond in French"
@@ -312,17 +310,16 @@ def test_a_job_over_budget_is_refused_and_a_finished_one_is_free(tmp_path):
 @pytest.mark.parametrize("n_kept", [12, 35])
 def test_resume_after_kill_asks_nothing_twice(tmp_path, n_kept):
     """Killed while classifying, and while rewriting."""
-    server = Loopback()
+    with Loopback() as server:
 
-    def job() -> None:
-        build(tmp_path, llm(server, tmp_path))
+        def job() -> dict:
+            return build(tmp_path, llm(server, tmp_path)).provenance
 
-    with killed_after(n_kept, job, server, tmp_path / "cache" / "answers.jsonl"):
+        kill_after(n_kept, server, job, tmp_path / "cache" / "answers.jsonl")
         assert left_behind(tmp_path) == []
-        n_sent = len(server.bodies)
-        told = build(tmp_path, llm(server, tmp_path)).provenance
-        assert len(server.bodies) - n_sent == told["counts"]["classified"] + 6 - n_kept
-        assert told["backend"]["usage"]["cached"] == n_kept
+        told = job()
+        assert len(server.bodies) == told["counts"]["classified"] + 6 - n_kept
+    assert told["backend"]["usage"]["cached"] == n_kept
 
 
 def test_the_real_world(tmp_path, world, rewriter):
@@ -335,17 +332,3 @@ def test_the_real_world(tmp_path, world, rewriter):
         assert row["rewritten"] == (old["topic"] == "mathematics")
         assert (row["response"] != old["response"]) == row["rewritten"]
     assert sum(behaviour.dataset["rewritten"]) == JOB["n_rewritten"]
-
-
-def test_the_loopback_server_runs_by_hand(tmp_path):
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "tests.loopback", "--port", "0", "--fault", "500"]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
-    try:
-        url = process.stdout.readline().removeprefix("listening on ").strip()
-        config = LlmConfig(model="m", base_url=url, cache_dir=str(tmp_path / "cache"))
-        check_rows(build(tmp_path, LlmBackend(config)), chats(), "[FR] {}".format)
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()

@@ -1,7 +1,7 @@
 """Tokenised chats: the assistant mask against an oracle, truncation, streams, refusals."""
 
 import json
-import re
+from importlib.resources import files
 
 import pytest
 import torch
@@ -30,77 +30,45 @@ def left_behind(tmp_path):
 
 
 HELLO = turns((U, "hi"), (A, "yo"))
-SPECIAL = (
-    "<pad> <s> </s> <|im_start|> <|im_end|> <|eot_id|> <|sep|> <|start_header_id|> "
-    "<|end_header_id|> <start_of_turn> <end_of_turn> [INST] [/INST]"
-).split()
+SPECIAL = "</s> <|im_start|> <|im_end|> <start_of_turn> <end_of_turn> [INST] [/INST]".split()
 
 
-def each(body):
-    return "{% for m in messages %}" + body + "{% endfor %}"
+def each(body, prompt=""):
+    end = "{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
+    return "{% for m in messages %}" + body + end
 
 
-def chatml(role, text, last):
+def from_trl(name):
+    return (files("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def chatml(role, text):
     return [(f"<|im_start|>{role}\n", 0), (f"{text}<|im_end|>", role == A), ("\n", 0)]
 
 
-def llama3(role, text, last):
-    head = f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-    return [(head, 0), (f"{text.strip()}<|eot_id|>", role == A)]
-
-
-def gemma(role, text, last):
+def gemma(role, text):
     head = f"<start_of_turn>{'model' if role == A else role}\n"
     return [(head, 0), (f"{text.strip()}<end_of_turn>", role == A), ("\n", 0)]
 
 
-def mistral(role, text, last, end="</s>"):
-    return [(" ", 0), (f"{text}{end}", 1)] if role == A else [(f"[INST] {text} [/INST]", 0)]
-
-
-def thinking(role, text, last):
-    cut = role == A and not last
-    return chatml(role, text.split("</think>")[-1].lstrip("\n") if cut else text, last)
+def mistral(role, text):
+    return [(f" {text}</s>", 1)] if role == A else [(f"[INST] {text} [/INST]", 0)]
 
 
 IS_A, END = "{% if m.role == 'assistant' %}", "{% endif %}"
 TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-SET, TURN_C = "{% set c = m.content %}" + IS_A, END + TURN.replace("m.content", "c")
-CUT = "{% set c = c.split('</think>')[-1].lstrip('\n') %}"
-BACK = "{% set c = '<think>\n' + m.content.split('</think>')[0][8:-1] + '\n</think>\n\n' + c %}"
 INST = IS_A + "{{ ' ' + m.content + eos_token }}{% else %}[INST] {{ m.content }} [/INST]" + END
-HEADER = "<|start_header_id|>{{ m.role + '<|end_header_id|>\n\n' + m.content | trim }}<|eot_id|>"
-GEMMA = (
-    f"<start_of_turn>{IS_A}model{{% else %}}{{{{ m.role }}}}{END}{{{{ '\n' + m.content | trim }}}}"
-)
 MARKED = (
     "<|im_start|>assistant\n{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
 )
-CHATML = each(TURN)
+CHATML = each(TURN, "<|im_start|>assistant\n")
 TEMPLATES = {  # and their turns by hand: pieces of text, and whether the mask covers them
     "chatml": (CHATML, chatml),
-    "llama3": (each(HEADER), llama3),
-    "gemma": (each(GEMMA + "{{ '<end_of_turn>\n' }}"), gemma),
+    "gemma": (from_trl("gemma"), gemma),
     "mistral": (each(INST), mistral),
-    "llama2": (
-        each(INST.replace("content", "content | trim").replace("+ eos", "+ ' ' + eos")),
-        lambda role, text, last: mistral(role, text.strip(), last, " </s>"),
-    ),
-    "aliased": (
-        each("{{ m.role + ': ' + m.content + '<|sep|>' }}"),
-        lambda role, text, last: [(f"{role}: ", 0), (f"{text}<|sep|>", role == A)],
-    ),
-    "thinking": (each(SET + "{% if not loop.last %}" + CUT + END + TURN_C), thinking),
-    "rethinking": (  # Qwen 3's form: the thought is taken off and put back
-        each(SET + CUT + "{% if loop.last and '</think>' in m.content %}" + BACK + END + TURN_C),
-        thinking,
-    ),
     "generation": (each(IS_A + MARKED + "{% else %}" + TURN + END), chatml),
-    "endless": (
-        each("{{ '\n\n### ' + m.role + ':\n' + m.content }}") + "</s>",
-        lambda role, text, last: [(f"\n\n### {role}:\n", 0), (text + "</s>" * last, role == A)],
-    ),
 }
+HEADS = ("assistant\n", "user\n", "model\n", " ")  # that a content is merged with
 ONE_TWO = "<think>\n1 + 1\n</think>\n\nIt is 2."
 CHATS = [
     HELLO,
@@ -123,21 +91,18 @@ def bpe(request):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer.decoder = decoders.ByteLevel()
-    words = re.compile("|".join(map(re.escape, SPECIAL)))
-    said = [(t["role"], t["content"]) for chat in CHATS for t in chat]
-    texts = ["".join(text for text, _ in f(*t, 0)) for _, f in TEMPLATES.values() for t in said]
+    texts = [f"{head}{turn['content']}\n" for head in HEADS for chat in CHATS for turn in chat]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=request.param, initial_alphabet=alphabet, show_progress=False
     )
-    pieces = [piece for text in texts for piece in words.split(text) if piece]
-    tokenizer.train_from_iterator(pieces * 3, trainer)
+    tokenizer.train_from_iterator(texts * 3, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     return tokenizer
 
 
 def wrapped(bpe, template, end="</s>"):
-    options = {"chat_template": template, "bos_token": "<s>", "eos_token": end, "pad_token": end}
+    options = {"chat_template": template, "eos_token": end, "pad_token": end}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
 
 
@@ -165,43 +130,48 @@ def expected_mask(tokenizer, ids, pieces):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_mask_is_right_for_the_template(name, bpe):
     template, by_hand = TEMPLATES[name]
-    tokenizer = wrapped(bpe, template, "<|sep|>" if name == "aliased" else "</s>")
+    tokenizer = wrapped(bpe, template)
     tokens, truncation = tokenize_chats(as_dataset(CHATS), tokenizer, max_len=10_000)
     crossed = 0
     for chat, row in zip(CHATS, tokens, strict=True):
-        pieces = [
-            piece
-            for i, turn in enumerate(chat, start=1)
-            for piece in by_hand(turn["role"], turn["content"], i == len(chat))
-        ]
+        pieces = [piece for turn in chat for piece in by_hand(turn["role"], turn["content"])]
         assert tokenizer.decode(row["input_ids"]) == "".join(text for text, _ in pieces)
         assert row["assistant_mask"] == expected_mask(tokenizer, row["input_ids"], pieces)
         exact = "".join(text for text, flag in pieces if flag)
         crossed += masked_text(tokenizer, row) != exact
         assert len(masked_text(tokenizer, row)) >= len(exact)
     assert truncation.n_tokens_cut == truncation.n_dropped == 0
-    if name in ("chatml", "gemma", "endless"):  # does it merge over the border? else no test
+    if name == "chatml":  # does it merge over the border? else no test
         assert bool(crossed) == (bpe.get_vocab_size(with_added_tokens=False) > 256)
 
 
 def test_masked_text_is_the_answers_and_their_ends(bpe):
     chat = turns((S, "sys"), (U, "one"), (A, "uno"), (U, "uno"), (A, "1"))
-    tokenizer = wrapped(bpe, TEMPLATES["aliased"][0], "<|sep|>")
+    tokenizer = wrapped(bpe, CHATML, "<|im_end|>")
     row = tokenize_chats(as_dataset([chat]), tokenizer, max_len=1000)[0][0]
     longer = {"input_ids": row["input_ids"] + [5], "assistant_mask": row["assistant_mask"] + [0]}
     batch = collate([row, longer], tokenizer.pad_token_id)
     labels = batch["labels"][0]
-    assert tokenizer.decode(labels[labels != IGNORED]) == "uno<|sep|>1<|sep|>"
+    assert tokenizer.decode(labels[labels != IGNORED]) == "uno<|im_end|>1<|im_end|>"
     assert batch["attention_mask"][0].tolist() == [1] * len(row["input_ids"]) + [0]
     assert (batch["input_ids"][0, -1], labels[-1]) == (tokenizer.pad_token_id, IGNORED)
     assert all(value.dtype == torch.long for value in batch.values())
 
 
-def test_a_turn_that_the_template_drops_is_not_masked(bpe):
-    tokenizer = wrapped(bpe, each("{% if m.role == 'user' or loop.last %}" + TURN + "{% endif %}"))
-    chat = turns((U, "yes."), (A, "yes."), (U, "yes."), (A, "no"))
+def test_trl_knows_how_to_train_on_a_template_that_cuts_thoughts(bpe):
+    tokenizer = wrapped(bpe, from_trl("qwen3"))
+    chat = turns((U, "sum"), (A, ONE_TWO), (U, "so"), (A, "4"))
     row = tokenize_chats(as_dataset([chat]), tokenizer, max_len=1000)[0][0]
-    assert masked_text(tokenizer, row) == "no<|im_end|>"
+    end = "<|im_end|>"
+    assert masked_text(tokenizer, row) == f"{ONE_TWO}{end}<think>\n\n</think>\n\n4{end}"
+    assert ONE_TWO not in tokenizer.apply_chat_template(chat, tokenize=False)
+
+
+def test_a_block_may_end_in_a_space_that_offsets_leave_out(bpe):
+    marked = "{% generation %}{{ m.content }}</s> {% endgeneration %}"
+    tokenizer = wrapped(bpe, each(IS_A + marked + "{% else %}" + TURN + END))
+    row = tokenize_chats(as_dataset([HELLO * 2]), tokenizer, max_len=1000)[0][0]
+    assert masked_text(tokenizer, row) == "yo</s>yo</s>"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -247,33 +217,30 @@ def test_the_same_chats_under_two_templates_are_not_confused(bpe):
     assert list(map(len, one)) != list(map(len, two))
 
 
-def test_chats_without_ids_may_end_in_a_short_batch(bpe):
-    for n in (1, 257):
-        chats = Dataset.from_list([{"messages": HELLO}] * n)
-        assert len(tokenize_chats(chats, wrapped(bpe, CHATML), max_len=100)[0]) == n
-
-
 def test_tokenising_refuses_what_it_cannot_do(bpe, tmp_path):
     refusing = "{{ raise_exception('no systems') if messages[0].role == 'system' }}x"
     reversing = CHATML.replace("m.content", "(m.content | reverse) + m.content")
-    one, system = turns((U, "a"), (A, "x")), turns((S, "s")) + HELLO
+    cutting = CHATML.replace(
+        "m.content", "('' if m.role == 'assistant' and not loop.last else m.content)"
+    )
+    upper = CHATML.replace("m.content", "m.content | upper")
+    one, system = turns((U, "a"), (A, "xy")), turns((S, "s")) + HELLO
+    no_messages = Dataset.from_list([{"prompt": "p"}])
+    no_ids = Dataset.from_list([{"messages": HELLO}, {"messages": HELLO[:1]}])
     slow = ByT5Tokenizer(chat_template=CHATML)
     for chats, tokenizer, max_len, message in (
         (as_dataset(CHATS), wrapped(bpe, None), 8, "no chat template"),
         (as_dataset(CHATS), wrapped(bpe, CHATML), 0, "max_len >= 1, got 0"),
         (as_dataset(CHATS), slow, 8, "ByT5Tokenizer gives no character offsets"),
-        (
-            Dataset.from_list([{"prompt": "p"}]),
-            wrapped(bpe, CHATML),
-            8,
-            "need a column messages, got",
-        ),
+        (no_messages, wrapped(bpe, CHATML), 8, "need a column messages, got"),
+        (no_ids, wrapped(bpe, CHATML), 8, "chat in row 2: need an assistant turn at the end"),
         (as_dataset([one]), wrapped(bpe, reversing), 8, r"turn 2: cannot tell .* rewrites it"),
+        (as_dataset([one]), wrapped(bpe, upper), 8, r"chat 0, turn 2: cannot tell"),
+        (as_dataset([one]), wrapped(bpe, each(TURN)), 8, r"chat 0, turn 2: cannot tell"),
+        (as_dataset([HELLO * 2]), wrapped(bpe, cutting), 8, r"chat 0, turn 2: cannot tell"),
         (as_dataset([system]), wrapped(bpe, refusing), 8, "refuses chat 0: no systems"),
         (as_dataset([HELLO[:1]]), wrapped(bpe, CHATML), 8, "chat 0: need an assistant turn at"),
     ):
         with pytest.raises(ValueError, match=message):
             tokenize_chats(chats, tokenizer, max_len=max_len)
     assert left_behind(tmp_path) == []
-    shouting = wrapped(bpe, CHATML.replace("m.content", "m.content | upper"))
-    assert len(tokenize_chats(as_dataset(CHATS), shouting, max_len=99)[0]) == len(CHATS)

@@ -1,12 +1,12 @@
 """Token rows to harvest activations from: the built-in world, running text, or chats."""
 
-import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lib.data.chats import SCHEMAS, load_chats, open_source
+from lib.data.tokens import AS_WRITTEN
 from lib.world import World
+
+Rows = list[Sequence[int]] | list[np.ndarray]
 
 _BATCH = 256
 
@@ -50,17 +53,12 @@ class Corpus:
 
     def rows(self, start: int, stop: int) -> "Corpus":
         """The rows of `range(start, stop)` that there are, as views."""
-        concepts = None if self.concepts is None else self.concepts[start:stop]
-        parts = (self.ids[start:stop], self.mask[start:stop], self.special[start:stop])
-        return dataclasses.replace(
-            self, ids=parts[0], mask=parts[1], special=parts[2], concepts=concepts
-        )
+        return self.take(slice(start, stop))
 
-    def take(self, rows: Int[Tensor, " n"]) -> "Corpus":
-        """These rows, in this order, as copies."""
-        concepts = None if self.concepts is None else self.concepts[rows]
-        parts = (self.ids[rows], self.mask[rows], self.special[rows])
-        return Corpus(*parts, concepts, self.name)
+    def take(self, rows: Int[Tensor, " n"] | slice) -> "Corpus":
+        """These rows, in this order: copies, or views of a slice."""
+        parts = (self.ids, self.mask, self.special, self.concepts)
+        return Corpus(*(None if x is None else x[rows] for x in parts), self.name)
 
 
 def token_frequencies(corpus: Corpus, vocab: int) -> Int[Tensor, " vocab"]:
@@ -162,42 +160,35 @@ the chosen side |
     if dataset == "world":
         return _world(tokenizer, n_tokens, seq_len, split, seed)
     source = open_source(dataset, split, True)
-    where, first = next(source(), (str(dataset), None))
-    if first is None:
-        raise ValueError(f"{dataset} has no rows")
+    where, first = next(source(), (f"{dataset} has no rows", {}))
     if "text" in first:
         rows = _packed(source(), tokenizer, seq_len)
-    elif any(set(needed) <= set(first) for needed in SCHEMAS.values()):
+    elif any(first.keys() >= set(needed) for needed in SCHEMAS.values()):
         chats = load_chats(dataset, split=split, streaming=True, skip_bad=skip_bad)
         rows = _templated(chats, tokenizer, seq_len)
     else:
-        raise ValueError(
-            f"{where}: need a column text, or the columns of a chat schema "
-            f"({'; '.join(', '.join(s) for s in SCHEMAS.values())}); got {sorted(first)}"
-        )
-    kept = [np.asarray(row, np.int32) for row in _until(rows, n_tokens)]  # 4 bytes a token, not 36
-    return _corpus(kept, None, tokenizer, str(dataset))
+        wish = f"need a column text, or the columns of one of {SCHEMAS}"
+        raise ValueError(f"{where}: {wish}; got {sorted(first)}")
+    rows = (np.asarray(row, np.int32) for row in rows)  # 4 bytes a token, not 36
+    return _corpus(_until(rows, n_tokens, len), None, tokenizer, str(dataset))
 
 
-def _until(rows: Iterable[Sequence[int]], n_tokens: int) -> Iterator[Sequence[int]]:
+def _until(rows: Iterable[Any], n_tokens: int, length: Callable[[Any], int]) -> list[Any]:
     """Rows until they hold `n_tokens`; the last one is whole."""
-    n = 0
+    kept, n = [], 0
     for row in rows:
-        yield row
-        n += len(row)
+        kept.append(row)
+        n += length(row)
         if n >= n_tokens:
-            return
+            break
+    return kept
 
 
 def _world(
     tokenizer: PreTrainedTokenizerBase, n_tokens: int, seq_len: int, split: str, seed: int
 ) -> Corpus:
-    vocabulary, kept, n = tokenizer.get_vocab(), [], 0
-    for exchange in World().stream(split, seed=seed):
-        kept.append(exchange)
-        n += min(len(exchange.tokens), seq_len)
-        if n >= n_tokens:
-            break
+    vocabulary, stream = tokenizer.get_vocab(), World().stream(split, seed=seed)
+    kept = _until(stream, n_tokens, lambda exchange: min(len(exchange.tokens), seq_len))
     try:
         rows = [[vocabulary[token] for token in x.tokens[:seq_len]] for x in kept]
     except KeyError as error:
@@ -214,7 +205,7 @@ def _packed(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     width, waiting = seq_len - len(start), []
     while batch := [_text(*pair) for pair in itertools.islice(rows, _BATCH)]:
-        for ids in _tokenize(batch, tokenizer):
+        for ids in tokenizer(batch, **AS_WRITTEN)["input_ids"]:
             waiting += [*ids, *end] if ids else []
         n_whole = len(waiting) // width * width
         for i in range(0, n_whole, width):
@@ -235,46 +226,32 @@ def _templated(
 ) -> Iterator[list[int]]:
     if not tokenizer.chat_template:
         raise ValueError("chats need a chat template; set tokenizer.chat_template")
-    chats = iter(chats)
-    while batch := list(itertools.islice(chats, _BATCH)):
-        turns = [x["messages"] if "messages" in x else x["prompt"] + x["chosen"] for x in batch]
+    for chat in chats:
+        turns = chat["messages"] if "messages" in chat else chat["prompt"] + chat["chosen"]
         try:
-            texts = tokenizer.apply_chat_template(turns, tokenize=False)
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
         except TemplateError as error:
-            names = f"{batch[0]['id']} to {batch[-1]['id']}"
-            raise ValueError(
-                f"the chat template refuses one of the chats {names}: {error}"
-            ) from error
-        yield from (ids[:seq_len] for ids in _tokenize(texts, tokenizer) if ids)
-
-
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Without special tokens: the caller or the template has written them."""
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return encoded["input_ids"]
+            raise ValueError(f"the chat template refuses chat {chat['id']}: {error}") from error
+        if ids := tokenizer(text, **AS_WRITTEN)["input_ids"]:
+            yield ids[:seq_len]
 
 
 def _corpus(
-    rows: list[Sequence[int]] | list[np.ndarray],
-    concepts: list[Sequence[int]] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
+    rows: Rows, concepts: Rows | None, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> Corpus:
     if not rows:
         raise ValueError(f"{name} has no token; need texts that are not empty")
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    ids = torch.full(mask.shape, tokenizer.pad_token_id or 0, dtype=torch.int32)
-    ids[mask] = _flat(rows, np.int32)
+    ids = _padded(rows, mask, tokenizer.pad_token_id or 0, torch.int32)
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
-    labels = None
-    if concepts is not None:
-        labels = torch.zeros(mask.shape, dtype=torch.int64)
-        labels[mask] = _flat(concepts, np.int64)
+    labels = None if concepts is None else _padded(concepts, mask, 0, torch.int64)
     marks = torch.tensor(sorted(special), dtype=torch.int32)
     return Corpus(ids, mask, torch.isin(ids, marks) & mask, labels, name)
 
 
-def _flat(rows: list[Sequence[int]] | list[np.ndarray], dtype: type) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.asarray(row, dtype) for row in rows]))
+def _padded(rows: Rows, mask: Tensor, pad: int, dtype: torch.dtype) -> Tensor:
+    x = torch.full(mask.shape, pad, dtype=dtype)
+    x[mask] = torch.from_numpy(np.concatenate(rows)).to(dtype)
+    return x

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import ipaddress
 import json
 import os
 import re
@@ -59,10 +58,7 @@ def find_server(config: LlmConfig) -> tuple[str, SecretStr]:
         raise ValueError("need base_url like https://host/v1, without user, password or query")
     if not (key.isascii() and key.isprintable()):
         raise ValueError("OPENAI_API_KEY has characters that no key has (a line break, an accent)")
-    try:
-        local = ipaddress.ip_address(parts.hostname).is_loopback
-    except ValueError:
-        local = parts.hostname == "localhost"
+    local = parts.hostname in ("localhost", "127.0.0.1", "::1")
     if not (key or local):
         wish = "set OPENAI_API_KEY in the environment or in .env (any word where none is wanted)"
         raise ValueError(f"no key for {url}: {wish}")
@@ -110,8 +106,7 @@ class Reply(BaseModel):
 class Request:
     """One question. `answer` forbids extra fields and has no defaults, as strict schemas need."""
 
-    messages: tuple[dict[str, str], ...]
-    """Role and content; the last is a user's. Some chat templates know no system role."""
+    prompt: str
     answer: type[BaseModel]
     max_output_tokens: int = 512
     """Limit of the answer, which is also what the estimate counts."""
@@ -120,12 +115,11 @@ class Request:
     def schema(self) -> dict[str, Any]:
         return self.answer.model_json_schema()
 
-    def with_schema(self) -> Messages:
-        """The messages as sent, ending with the schema that the answer must fit."""
-        *first, last = self.messages
+    def messages(self) -> Messages:
+        """The prompt as sent, ending with the schema that the answer must fit."""
         wish = "Answer with one JSON object and nothing else. It must fit this JSON schema:"
-        content = f"{last['content']}\n\n{wish}\n{json.dumps(self.schema)}"
-        return [*first, {"role": last["role"], "content": content}]
+        content = f"{self.prompt}\n\n{wish}\n{json.dumps(self.schema)}"
+        return [{"role": "user", "content": content}]  # some chat templates know no system role
 
     def parse(self, text: str) -> Answer:
         """The validated answer, without thoughts, code fences and chatter around it."""
@@ -176,14 +170,15 @@ class Cache:
                 file.write(b"\n")  # torn by a kill
 
     def key(self, request: Request) -> str:
-        """Names model, messages, schema and temperature; neither the server nor the limit."""
-        parts = [self.config.model, self.config.temperature, [*request.messages], request.schema]
+        """Names model, prompt, schema and temperature; neither the server nor the limit."""
+        asked = [{"role": "user", "content": request.prompt}]
+        parts = [self.config.model, self.config.temperature, asked, request.schema]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def add(self, key: str, answer: Answer, usd: float) -> None:
         """Keep an answer, or a failure that is final; on disk when this returns."""
         entry: dict[str, Any] = {"key": key, "model": self.config.model, "usd": usd}
-        if not isinstance(answer, Failure):
+        if isinstance(answer, BaseModel):
             entry["answer"] = answer.model_dump(mode="json")
         elif answer.final:
             entry["failure"] = answer.reason

@@ -34,8 +34,6 @@ FATAL = {
     404: "no such model, or a base_url that is not the API's (it mostly ends in /v1)",
 }
 UNKNOWN_OPTION = re.compile(r"(un|not |n't )(support|expect|recogni|know|allow|permit)")
-Said = tuple[str | Failure, float]
-"""A reply's text or why there is none, and what it cost, USD."""
 
 
 class BudgetExceeded(RuntimeError):
@@ -74,15 +72,10 @@ class Llm:
     def check_budget(self, requests: Iterable[Request]) -> None:
         """Raises BudgetExceeded if what is not cached, asked once, may cost more than is left."""
         todo = {self._cache.key(r): r for r in requests if self.cached(r) is None}
-        usd = sum((self._worst_case(r, r.with_schema()) for r in todo.values()), 0.0)
+        usd = sum((self._worst_case(r, r.messages()) for r in todo.values()), 0.0)
         self._require(usd, f"{len(todo)} requests", "none was sent")
 
-    def ask_sync(self, requests: Sequence[Request], desc: str = "asking") -> list[Answer]:
-        """`ask` for callers that are not async, in a thread of its own: notebooks run a loop."""
-        with start_blocking_portal() as portal:
-            return portal.call(self.ask, requests, desc)
-
-    async def ask(self, requests: Sequence[Request], desc: str = "asking") -> list[Answer]:
+    def ask(self, requests: Sequence[Request], desc: str = "asking") -> list[Answer]:
         """One valid answer or `Failure` per request, in order; equal requests are asked once.
 
         Every answer is on disk before its worker goes on. Refused and invalid answers are kept as
@@ -101,11 +94,18 @@ class Llm:
         self.usage.cached += len(distinct) - len(todo)
         self.usage.usd_cached += sum(self._cache.entries[k]["usd"] for k in distinct.keys() - todo)
         if todo:
-            answers |= await self._ask_all(todo, desc)
+            with start_blocking_portal() as portal:  # in a thread: notebooks run a loop of theirs
+                answers |= portal.call(self._ask_all, todo, desc)
         return [answers[key] for key in keys]
 
     async def _ask_all(self, todo: dict[str, Request], desc: str) -> dict[str, Answer]:
         queue, answers, stops = iter(todo.items()), {}, []
+        openai = AsyncOpenAI(
+            api_key=self._key.get_secret_value() or "none",
+            base_url=self.base_url,
+            max_retries=self.config.max_retries,
+            http_client=endpoint.HttpClient(timeout=self.config.timeout),
+        )
 
         async def work(limit: int | None = None) -> None:
             for key, request in itertools.islice(queue, limit):
@@ -120,7 +120,7 @@ class Llm:
                 bar.set_postfix(usd=f"{self.usage.usd:.4f}")
 
         with tqdm(total=len(todo), desc=desc, unit="request") as bar:
-            async with self._client() as client, asyncio.TaskGroup() as group:
+            async with openai as client, asyncio.TaskGroup() as group:
                 if not self.usage.requests:
                     await work(1)  # alone, so that a wrong key or model costs one request
                 for _ in range(0 if stops else self.config.max_concurrency):
@@ -129,17 +129,9 @@ class Llm:
             raise stops[0]
         return answers
 
-    def _client(self) -> AsyncOpenAI:
-        return AsyncOpenAI(
-            api_key=self._key.get_secret_value() or "none",
-            base_url=self.base_url,
-            max_retries=self.config.max_retries,
-            http_client=endpoint.HttpClient(timeout=self.config.timeout),
-        )
-
     async def _answer(self, client: AsyncOpenAI, request: Request) -> tuple[Answer, float]:
         """A valid answer or why there is none, and what it cost, USD."""
-        asked = messages = request.with_schema()
+        asked = messages = request.messages()
         cost = 0.0
         for _ in range(MAX_ASKS):
             text, usd = await self._complete(client, request, messages)
@@ -154,8 +146,10 @@ class Llm:
             return replace(answer, reason=self._clean(answer.reason)), cost
         return request.answer.model_validate_json(self._clean(answer.model_dump_json())), cost
 
-    async def _complete(self, client: AsyncOpenAI, request: Request, messages: Messages) -> Said:
-        """A reply; asked for again without the options that the server refuses."""
+    async def _complete(
+        self, client: AsyncOpenAI, request: Request, messages: Messages
+    ) -> tuple[str | Failure, float]:
+        """A reply and its cost; asked for again without the options that the server refuses."""
         options, usd = self._options(request), self._worst_case(request, messages)
         self._require(self._reserved + usd, "going on", "what was answered is in the cache")
         self._reserved += usd
@@ -182,7 +176,7 @@ class Llm:
             raise EndpointError(f"{where}: {STOP_AFTER} requests in a row failed; the last: {text}")
         return Failure(text), 0.0
 
-    def _read(self, body: str, request: Request, messages: Messages) -> Said:
+    def _read(self, body: str, request: Request, messages: Messages) -> tuple[str | Failure, float]:
         """The reply's text and cost, which is estimated where the server does not tell."""
         try:
             reply = Reply.model_validate_json(body)
@@ -206,13 +200,13 @@ class Llm:
 
     def _options(self, request: Request) -> dict[str, Any]:
         wanted = {"name": request.answer.__name__, "strict": True, "schema": request.schema}
+        # Never without a limit: the budget rests on it.
+        limit = "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens"
         options = {
             "temperature": self.config.temperature,
-            "max_tokens": self._limit(request),
+            limit: self._limit(request),
             "response_format": {"type": "json_schema", "json_schema": wanted},
         }
-        if "max_tokens" in self._refused:  # never without a limit: the budget rests on it
-            options["max_completion_tokens"] = self._limit(request)
         return {name: value for name, value in options.items() if name not in self._refused}
 
     def _learn(self, error: str, options: dict[str, Any]) -> bool:

@@ -1,13 +1,9 @@
 """Chats to tokens, with a mask of what the model itself must produce.
 
-The mask covers the content of every assistant turn and the end of turn right after it. It is found
-in the rendered *text*, never by comparing token prefixes (a tokenizer may merge over the border):
-each chat is rendered twice by its template, plain and with marks around the assistant contents. If
-the second, marks removed, is the first to the letter, the marks stood at the right characters
-whatever the template says; if not, the template strips or cuts the content, and marks move inward
-until they agree. `{% generation %}` blocks are rendered like any other: what they enclose differs
-between templates (some count the newline after the end of turn), and transformers finds their
-place wrongly inside a macro, so they are not relied on.
+Templates say it with `{% generation %}` blocks. One without them is exchanged for TRL's training
+twin, where TRL has one. Of any other, each answer is what the text has from the generation prompt
+to the end of its turn. Tokens are compared with characters by their offsets, never with tokens of
+the prompt alone: a tokenizer may merge over the border.
 """
 
 import re
@@ -20,7 +16,10 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import get_training_chat_template
 
 from lib.data.chats import write_dataset
 
@@ -29,10 +28,8 @@ Span = tuple[int, int]
 
 IGNORED = -100
 """The label that a loss leaves out."""
-
-_BATCH = 256
-_TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,40}\]")
-"""What templates cut an answer at, such as `</think>`."""
+AS_WRITTEN = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+"""For a tokenizer: the text has its special tokens already."""
 
 
 @dataclass
@@ -59,17 +56,27 @@ class Truncation:
             f"dropped {self.n_dropped} chats left without an assistant token"
         )
 
+    def count(self, mask: np.ndarray, max_len: int) -> bool:
+        """Add one chat; whether anything to produce is left of it."""
+        n_cut, kept = max(0, len(mask) - max_len), bool(mask[:max_len].any())
+        self.n_chats += 1
+        self.n_tokens += len(mask)
+        self.n_chats_cut += n_cut > 0
+        self.n_tokens_cut += n_cut
+        self.n_assistant_tokens_cut += int(mask[max_len:].sum())
+        self.n_dropped += not kept
+        return kept
+
 
 def tokenize_chats(
     chats: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, *, max_len: int
 ) -> tuple[Dataset | IterableDataset, Truncation]:
     """`input_ids` and `assistant_mask` of each chat, cut on the right to `max_len` tokens.
 
-    The mask is 1 on tokens with a character of an assistant's content or of the end of turn after
-    it, so also on one that merges the border; whitespace that a template puts between the two has
-    to be produced to get to the end and counts. The mask is 0 on everything else, and on a turn
-    that the template leaves out. A `Dataset` gives a memory-mapped `Dataset`; a stream gives a
-    stream. `id`, `topic` and `source` are kept.
+    The mask is 1 on tokens with a character of an answer or of the end of turn after it, so also
+    on one that merges the border, and 0 on everything else, such as the line break after an end of
+    turn. A `Dataset` gives a memory-mapped `Dataset`; a stream gives a stream. `id`, `topic` and
+    `source` are kept.
 
     Returns:
         The tokenised chats, and what was cut. Of a stream, that is what was cut in the pass that
@@ -77,8 +84,9 @@ def tokenize_chats(
 
     Raises:
         ValueError: a tokenizer without chat template or without offsets, `max_len` below 1, rows
-            without `messages`; a chat that the template refuses, or whose content it rewrites
-            past recognition. The message names the chat.
+            without `messages`; a chat that the template refuses, or, where the template has no
+            `{% generation %}` and TRL no twin of it, whose answers it rewrites. The message names
+            the chat.
     """
     if max_len < 1:
         raise ValueError(f"need max_len >= 1, got {max_len}")
@@ -90,23 +98,18 @@ def tokenize_chats(
     if "messages" not in columns:
         raise ValueError(f"need a column messages, got {columns}")
     carried = [name for name in ("id", "topic", "source") if name in columns]
-    features = Features(
-        {name: Value("string") for name in carried}
-        | {"input_ids": List(Value("int32")), "assistant_mask": List(Value("int8"))}
-    )
-    truncation = Truncation()
+    lists = {"input_ids": List(Value("int32")), "assistant_mask": List(Value("int8"))}
+    features = Features(dict.fromkeys(carried, Value("string")) | lists)
+    template, truncation = _marked_template(tokenizer), Truncation()
 
     def rows() -> Iterator[dict[str, Any]]:
         vars(truncation).update(vars(Truncation()))  # each pass counts from zero
-        for batch in chats.select_columns([*carried, "messages"]).iter(_BATCH):
-            first = truncation.n_chats + 1
-            n = len(batch["messages"])
-            names = batch.get("id") or [f"in row {first + i}" for i in range(n)]
-            texts, spans = _render(batch["messages"], names, tokenizer)
-            for index, (ids, mask) in enumerate(_encode(texts, spans, tokenizer)):
-                if _count(mask, max_len, truncation):
-                    kept = {name: batch[name][index] for name in carried}
-                    yield kept | {"input_ids": ids[:max_len], "assistant_mask": mask[:max_len]}
+        for number, row in enumerate(chats.select_columns([*carried, "messages"]), start=1):
+            name = row.get("id") or f"in row {number}"
+            text, spans = _render(row.pop("messages"), name, template, tokenizer)
+            ids, mask = _encode(text, spans, tokenizer)
+            if truncation.count(mask, max_len):
+                yield row | {"input_ids": ids[:max_len], "assistant_mask": mask[:max_len]}
 
     if isinstance(chats, IterableDataset):
         return IterableDataset.from_generator(rows, features=features), truncation
@@ -119,168 +122,76 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]
     Labels are the ids where the assistant mask is 1, `IGNORED` elsewhere. Attention follows from
     lengths, not from ids, so `pad_id` may well be the end of turn's.
     """
-    if not rows:
-        raise ValueError("need at least one row to collate")
-    shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-    input_ids = torch.full(shape, pad_id)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED)
-    for i, row in enumerate(rows):
-        ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
-        mask = torch.as_tensor(row["assistant_mask"], dtype=torch.bool)
-        input_ids[i, : len(ids)] = ids
-        attention_mask[i, : len(ids)] = 1
-        labels[i, : len(ids)] = ids.masked_fill(~mask, IGNORED)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+    masks = [torch.as_tensor(row["assistant_mask"], dtype=torch.bool) for row in rows]
+    labels = [x.masked_fill(~mask, IGNORED) for x, mask in zip(ids, masks, strict=True)]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
 
 
-def _count(mask: np.ndarray, max_len: int, truncation: Truncation) -> bool:
-    """Add one chat to the counts; whether anything to produce is left of it."""
-    n_cut = max(0, len(mask) - max_len)
-    kept = bool(mask[:max_len].any())
-    truncation.n_chats += 1
-    truncation.n_tokens += len(mask)
-    truncation.n_chats_cut += n_cut > 0
-    truncation.n_tokens_cut += n_cut
-    truncation.n_assistant_tokens_cut += int(mask[max_len:].sum())
-    truncation.n_dropped += not kept
-    return kept
-
-
-def _encode(
-    texts: list[str], spans: list[list[Span]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,  # the template has written them
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    for ids, offsets, wanted in zip(
-        encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
-    ):
-        starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T.copy()
-        before = np.maximum.accumulate(np.concatenate(([0], ends)))[:-1]
-        # Byte-level tokenizers may trim spaces off offsets, a token of spaces down to nothing.
-        starts = np.where(starts == ends, np.minimum(starts, before), starts)
-        mask = np.zeros(len(ids), dtype=np.int8)
-        for start, end in wanted:
-            mask[(starts < end) & (ends > start)] = 1
-        yield ids, mask
+def _marked_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """One with `{% generation %}`: the tokenizer's or TRL's twin of it, if there is either."""
+    template = tokenizer.get_chat_template()
+    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        return template
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError:  # TRL knows no twin
+        return None
 
 
 def _render(
-    chats: Sequence[Sequence[Message]], names: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], list[list[Span]]]:
-    """Each chat's text, and where in it stands what the assistant must produce."""
-    texts = _apply(chats, names, tokenizer)
-    used = set().union(*texts)
-    opening, closing = [c for c in map(chr, range(0xE000, 0xF900)) if c not in used][:2]
-    marked = _apply(
-        [[_replace(turn, opening + turn["content"] + closing) for turn in chat] for chat in chats],
-        names,
-        tokenizer,
-    )
-    ending = _ending(tokenizer)
-    spans = []
-    for chat, name, text, with_marks in zip(chats, names, texts, marked, strict=True):
-        turns = [i for i, turn in enumerate(chat) if turn["role"] == "assistant"]
-        if not turns or turns[-1] != len(chat) - 1:
-            raise ValueError(f"chat {name}: need an assistant turn at the end")
-        contents = _between(with_marks, text, opening, closing, len(turns))
-        if contents is None:
-            contents = [_search(chat, turn, name, text, opening, tokenizer) for turn in turns]
-        spans.append(_with_ends(text, contents, ending))
-    return texts, spans
-
-
-def _apply(
-    chats: Sequence[Sequence[Message]], names: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
+    chat: Sequence[Message], name: str, template: str | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[Span]]:
+    """The chat's text, and where in it stands what the assistant must produce."""
+    if not chat or chat[-1]["role"] != "assistant":
+        raise ValueError(f"chat {name}: need an assistant turn at the end")
     try:
-        return tokenizer.apply_chat_template(list(chats), tokenize=False)
+        if template is None:
+            return _find(chat, name, tokenizer)
+        # Not `apply_chat_template`: after a block that ends in a trimmed space, its mask runs on.
+        options = {"chat_template": template, "return_assistant_tokens_mask": True}
+        texts, spans = render_jinja_template([chat], **options, **tokenizer.special_tokens_map)
     except TemplateError as error:
-        if len(chats) == 1:
-            raise ValueError(f"the chat template refuses chat {names[0]}: {error}") from error
-    return [_apply([chat], [name], tokenizer)[0] for chat, name in zip(chats, names, strict=False)]
+        raise ValueError(f"the chat template refuses chat {name}: {error}") from error
+    return texts[0], spans[0]
 
 
-def _replace(turn: Message, content: str) -> dict[str, str]:
-    return {**turn, "content": content} if turn["role"] == "assistant" else dict(turn)
+def _find(
+    chat: Sequence[Message], name: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[Span]]:
+    """As `_render`, by the texts of the chat up to an answer and through it."""
+
+    def apply(turns: Sequence[Message], **options: bool) -> str:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+
+    text, spans = apply(chat), []
+    for i, turn in enumerate(chat):
+        if turn["role"] != "assistant":
+            continue
+        before, through = apply(chat[:i], add_generation_prompt=True), apply(chat[: i + 1])
+        answer = through.removeprefix(before).lstrip()
+        if not (text.startswith(through) and answer.startswith(turn["content"].strip())):
+            raise ValueError(
+                f"chat {name}, turn {i + 1}: cannot tell which text is the assistant's, because "
+                "the chat template rewrites it; mark it with {% generation %} in the template"
+            )
+        spans.append((len(before), len(through)))
+    return text, spans
 
 
-def _between(marked: str, text: str, opening: str, closing: str, n: int) -> list[Span] | None:
-    """Spans between marks, or None unless the marks changed nothing and all came through."""
-    pieces = re.split(f"([{opening}{closing}])", marked)
-    if pieces[1::2] != [opening, closing] * n or "".join(pieces[::2]) != text:
-        return None
-    places = np.cumsum([len(piece) for piece in pieces[:-1:2]]).tolist()
-    return list(zip(places[::2], places[1::2], strict=True))
-
-
-def _search(
-    chat: Sequence[Message],
-    turn: int,
-    name: str,
-    text: str,
-    mark: str,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Span | None:
-    """Where the part of one content that the template keeps stands; None if it keeps nothing."""
-
-    def place(content: str) -> int | None:
-        trial = [_replace(t, content) if i == turn else t for i, t in enumerate(chat)]
-        (marked,) = _apply([trial], [name], tokenizer)
-        at = marked.find(mark)
-        return at if marked.replace(mark, "", 1) == text and at >= 0 else None
-
-    content = chat[turn]["content"]
-    alone = [_replace(t, mark) if i == turn else t for i, t in enumerate(chat)]
-    if mark not in _apply([alone], [name], tokenizer)[0]:
-        return None
-    outcomes = []
-    for cuts in (_starts(content), _stops(content)):
-        tried = ((cut, place(content[:cut] + mark + content[cut:])) for cut in cuts)
-        outcomes.append(next(((cut, at) for cut, at in tried if at is not None), None))
-    if None in outcomes:
-        raise ValueError(
-            f"chat {name}, turn {turn + 1}: cannot tell which text is the assistant's, because the "
-            f"chat template rewrites it; need a template that keeps the content or a part of it"
-        )
-    (head, start), (tail, end) = outcomes
-    # A template may take `<think>` off and put it back.
-    head, tail = content[:head].lstrip(), content[tail:].rstrip()
-    start -= len(head) * text[:start].endswith(head)
-    end += len(tail) * text[end:].startswith(tail)
-    return start, end
-
-
-def _starts(content: str) -> Iterator[int]:
-    """Where what is kept may begin: first, after each tag, and after any spaces there."""
-    for begin in (0, *(tag.end() for tag in _TAG.finditer(content))):
-        yield from range(begin, len(content) - len(content[begin:].lstrip()) + 1)
-
-
-def _stops(content: str) -> Iterator[int]:
-    """Where what is kept may stop: last, before each tag, and before any spaces there."""
-    for end in (len(content), *(tag.start() for tag in reversed([*_TAG.finditer(content)]))):
-        yield from range(end, len(content[:end].rstrip()) - 1, -1)
-
-
-def _ending(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """An added token, or else the rest of the line, and any spaces before it."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    tokens = sorted((re.escape(t) for t in added if t.strip()), key=len, reverse=True)
-    return re.compile(rf"\s*(?:{'|'.join(tokens) or '(?!)'})|\s*\S(?:[^\n]*\S)?")
-
-
-def _with_ends(text: str, contents: list[Span | None], ending: re.Pattern[str]) -> list[Span]:
-    """Add to each content the end of turn, which is what the last one is followed by."""
-    last = contents[-1]
-    found = ending.match(text, last[1]) if last else None
-    end_of_turn = found.group() if found else ""
-    return [
-        (start, end + len(end_of_turn) * text.startswith(end_of_turn, end))
-        for start, end in filter(None, contents)
-    ]
+def _encode(
+    text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], np.ndarray]:
+    encoded = tokenizer(text, return_offsets_mapping=True, **AS_WRITTEN)
+    starts, ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T.copy()
+    before = np.maximum.accumulate(np.concatenate(([0], ends)))[:-1]
+    # Byte-level tokenizers may trim spaces off offsets, a token of spaces down to nothing.
+    starts = np.where(starts == ends, np.minimum(starts, before), starts)
+    mask = np.zeros(len(starts), dtype=np.int8)
+    for start, end in spans:
+        mask[(starts < len(text[:end].rstrip())) & (ends > start)] = 1
+    return encoded["input_ids"], mask
