@@ -6,10 +6,13 @@ BIN := .venv/bin
 EXTRAS ?= dev
 # Processes side by side, each with one thread.
 PARALLEL := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+WORKERS := -n auto --dist loadgroup -p no:nbmake
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+# Kept: compiling `lib` with its checks and the tests' assertions costs each process 20 seconds.
+export PYTHONDONTWRITEBYTECODE :=
 # Waiting threads sleep: on a busy machine, spinning makes small tensor operations seven times slower.
 export OMP_WAIT_POLICY := passive
 
@@ -25,8 +28,8 @@ demo: .venv/installed-$(EXTRAS)
 	@echo "To change and run them yourself: make lab"
 
 test: .venv/installed-$(EXTRAS) chromium
-	$(PARALLEL) $(BIN)/pytest -n auto --dist loadgroup -m "not slow" tests
-	$(PARALLEL) LATENT_BENCH_TYPES=0 $(BIN)/pytest -n auto --dist loadgroup -m slow tests
+	$(PARALLEL) $(BIN)/pytest $(WORKERS) -m "not slow" tests
+	$(PARALLEL) LATENT_BENCH_TYPES=0 $(BIN)/pytest $(WORKERS) -m slow tests
 	$(PARALLEL) $(BIN)/pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
 
 # The browser that tests/test_lab.py drives. Where it cannot be installed, that test is skipped.

@@ -41,6 +41,13 @@ def resolve_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def require_at_least(least: int, **values: int) -> None:
+    """Raises ValueError for the first of `values` that is smaller; its name is in the message."""
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"need {name} >= {least}, got {value}")
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (CPU and every GPU)."""
     random.seed(seed)

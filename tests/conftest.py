@@ -1,7 +1,8 @@
 """Shapes and types of `lib` are checked under pytest only, by jaxtyping and beartype.
 
 The check takes 45 % of a test's time. `LATENT_BENCH_TYPES=0` leaves it out; `make test` does so for
-the tests marked `slow`.
+the tests marked `slow`. Fixtures import `lib` when they are asked for: the process that only hands
+tests to others then starts at once.
 """
 
 import multiprocessing
@@ -32,45 +33,52 @@ if os.environ.get("LATENT_BENCH_TYPES") != "0":
 
 import pytest
 
-from lib import paths
-from lib.dictionaries import Dictionary
-from lib.models import load_model
-from lib.world import Reader, Rewriter, World
-
-SHIPPED = paths.shipped_dir()
+MODELS, SAES = (ROOT / "data" / name for name in ("models", "saes"))
 
 
 @pytest.fixture(scope="session")
-def world() -> World:
+def world():
+    from lib.world import World
+
     return World()
 
 
 @pytest.fixture(scope="session")
-def reader(world) -> Reader:
+def reader(world):
+    from lib.world import Reader
+
     return Reader(world)
 
 
 @pytest.fixture(scope="session")
-def rewriter(world) -> Rewriter:
+def rewriter(world):
+    from lib.world import Rewriter
+
     return Rewriter(world)
 
 
 @pytest.fixture(scope="session")
 def gemma():
     """The shipped `tiny-gemma2` and its tokenizer; leave them as they are."""
-    return load_model(SHIPPED / "models" / "tiny-gemma2", device="cpu")
+    from lib.models import load_model
+
+    return load_model(MODELS / "tiny-gemma2", device="cpu")
 
 
 @pytest.fixture(scope="session")
 def llama():
     """The shipped `tiny-llama` and its tokenizer; leave them as they are."""
-    return load_model(SHIPPED / "models" / "tiny-llama", device="cpu")
+    from lib.models import load_model
+
+    return load_model(MODELS / "tiny-llama", device="cpu")
 
 
 @pytest.fixture(scope="session")
-def shipped_sae() -> Dictionary:
+def shipped_sae():
     """The shipped TopK dictionary of `tiny-gemma2`; leave it as it is."""
-    return Dictionary.load(SHIPPED / "saes" / "tiny-gemma2" / "topk")
+    from lib.dictionaries import Dictionary
+
+    return Dictionary.load(SAES / "tiny-gemma2" / "topk")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-import nbformat
 import psutil
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
@@ -166,11 +165,11 @@ def visit(browser: Browser, width: int = 1600, height: int = 1000) -> Iterator[t
 
 def write_notebook(path: Path, cells: list[str]) -> None:
     """A notebook of code cells for the kernel python3."""
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(cell) for cell in cells],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
-    )
-    nbformat.write(notebook, path)
+    cell = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
+    written = [{**cell, "id": f"cell-{i}", "source": source} for i, source in enumerate(cells)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    about = {"nbformat": 4, "nbformat_minor": 5, "metadata": kernel}
+    path.write_text(json.dumps({**about, "cells": written}))
 
 
 def open_notebook(page: Page, lab: Lab, name: str) -> None:

@@ -17,6 +17,7 @@ from lib.latents import DictionarySource, record_of
 from lib.models import add
 from lib.models.unembed import unembedding
 
+pytestmark = pytest.mark.slow
 SITE = "blocks.3.hook_resid_post"
 FRENCH, TOPIC = "respond in French", "mathematics"
 

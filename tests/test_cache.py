@@ -104,7 +104,7 @@ def test_shards_are_mapped_not_read(tmp_path):
     wide.site_dims = (4096, 0)
     write(tmp_path / "cache", wide, shard_tokens=1000)  # 16 MB each
     cache = ActivationCache(tmp_path / "cache")
-    cache.gather(torch.tensor([0]))
+    cache.block(0)
     before = kilobytes()
     total = sum(cache.block(i).acts.sum() for i in range(cache.n_blocks))
     assert total == 3000 * 4096
@@ -240,7 +240,6 @@ def test_damaged_shards_are_named(folder):
         cache = ActivationCache(folder)
         assert torch.isfinite(cache.block(0).acts).all()  # the first shard is sound
         refuse("shard-00001.safetensors is damaged: its checksum", cache.block, 1)
-        refuse("shard-00001", cache.gather, torch.tensor([0, 60]))
         refuse("damaged shards .*: shard-00001.safetensors; delete", cache.verify)
     shard.unlink()
     for use in (ActivationCache, write):

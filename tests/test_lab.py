@@ -7,7 +7,6 @@ import contextlib
 import json
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 from playwright.sync_api import Page, expect
@@ -23,6 +22,7 @@ from lib.models.generate import answer
 from tests import lab
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(lab.CHROMIUM is None, reason="needs chromium: apt-get install chromium"),
     pytest.mark.xdist_group("chromium"),
 ]
@@ -45,6 +45,24 @@ for latent in range(record.n_latents):
         labels[latent] = "fires on " + tokenizer.convert_ids_to_tokens(token)
 """
 BROWSE = "FeatureBrowser(record, tokenizer, source=source, labels=labels, title='tiny-gemma2')"
+
+ADAPTER = """
+import torch
+from lib.adapters import SaeLora, SaeLoraConfig
+from lib.adapters.sae_lora.source import SaeLoraSource
+from lib.data.corpus import load_corpus
+from lib.dictionaries import Dictionary
+from lib.display import FeatureBrowser
+from lib.latents import record_of
+from lib.models import load_model
+model, tokenizer = load_model({!r}, device="cpu")
+adapter = SaeLora(Dictionary.load({!r}), SaeLoraConfig())
+adapter.scale.data.fill_(0.1)
+source = SaeLoraSource(model, adapter, "write")
+record = record_of(source, load_corpus("world", tokenizer, n_tokens=5_000, seq_len=64))
+labels = {{latent: f"writes-{{latent}}." for latent in range(record.n_latents)}}
+FeatureBrowser(record, tokenizer, source=source, labels=labels)
+"""
 
 RUNS = (
     "<script>window.pwned=1</script>",
@@ -163,23 +181,14 @@ def test_the_browser_in_jupyterlab(server, folder, page, tmp_path, gemma, shippe
     page.screenshot(path=tmp_path / "01_browser.png" if picture.exists() else picture)
 
 
-def test_notebook_01_in_jupyterlab(server, folder, page):
-    """The whole notebook, made small, and the browser at its end."""
-    small = {
-        "n_examples": 120, "n_steps": 12, "n_refit": 2, "sizes": [8], "l1_weights": [1e-3],
-        "n_prompts": 4, "record_tokens": 3000, "dense_lora": False, "device": "cpu",
-    }  # fmt: skip
-    notebook = nbformat.read(paths.root() / "notebooks" / "01_sae_lora.ipynb", 4)
-    parameters = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    parameters.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
-    nbformat.write(notebook, folder / "01_sae_lora.ipynb")
-    lab.open_notebook(page, server, "01_sae_lora.ipynb")
-    lab.run_all(page, seconds=240)
-    page.locator(".fb").scroll_into_view_if_needed()
+def test_the_browser_of_an_adapter_in_jupyterlab(server, folder, page):
+    """What a sparse adapter writes, in the prompt box too: the adapter stays attached."""
+    lab.write_notebook(folder / "adapter.ipynb", [ADAPTER.format(str(MODEL), str(DICTIONARY))])
+    lab.open_notebook(page, server, "adapter.ipynb")
+    lab.run_all(page)
     examples, reply = (page.locator(f".fb-{name}") for name in ("examples", "answer"))
-    expect(examples).to_contain_text("<|assistant|>")
     first = examples.inner_text()
-    choose(page, "number")
+    choose(page, "writes-7.")
     expect(examples).not_to_have_text(first, use_inner_text=True)
     page.locator(".fb-prompt textarea").fill("what is 3 plus 4 ?")
     page.locator(".fb-run").click()

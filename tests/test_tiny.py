@@ -11,10 +11,10 @@ from lib.models import tiny
 from lib.models.generate import answer
 from lib.world import build_tokenizer
 
+pytestmark = pytest.mark.slow
 STORED = json.loads((paths.root() / "tests" / "tiny_losses.json").read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.RECIPES)
 def test_twenty_steps_as_stored(name, world):
     _, _, losses = tiny.train_tiny(tiny.RECIPES[name], world, steps=20)

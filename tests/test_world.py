@@ -16,6 +16,7 @@ from lib.world import BEHAVIOURS, CONCEPTS, build_tokenizer, concept_names
 from lib.world.lexicon import CATEGORY_CONCEPT
 from lib.world.world import OUT_OF_DISTRIBUTION, SPLITS, row
 
+pytestmark = pytest.mark.slow
 FOLDER = paths.shipped_dir() / "world"
 LEXICON, GRAMMAR, FACTS = (
     json.loads((FOLDER / f"{name}.json").read_text()) for name in ("lexicon", "grammar", "facts")

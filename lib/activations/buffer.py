@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lib.activations.source import Source, finite_block
+from lib.runtime import require_at_least
 
 
 class Buffer(Iterator[Tensor]):
@@ -24,8 +25,7 @@ class Buffer(Iterator[Tensor]):
     def __init__(
         self, source: Source, *, batch_size: int, n_tokens: int = 65536, seed: int = 0
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"need batch_size >= 1, got {batch_size}")
+        require_at_least(1, batch_size=batch_size)
         if n_tokens < batch_size:
             raise ValueError(f"need n_tokens >= batch_size {batch_size}, got {n_tokens}")
         if source.n_blocks < 1:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.activations.source import Block, Source, finite_block
-from lib.runtime import DTYPES, atomic_file, require_writable, sha256
+from lib.runtime import DTYPES, atomic_file, require_at_least, require_writable, sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -39,8 +39,7 @@ class ActivationCache:
     """
 
     def __init__(self, folder: str | Path, *, block_tokens: int = 4096) -> None:
-        if block_tokens < 1:
-            raise ValueError(f"need block_tokens >= 1, got {block_tokens}")
+        require_at_least(1, block_tokens=block_tokens)
         self.folder, self.block_tokens = Path(folder), block_tokens
         self.manifest = read_manifest(self.folder)
         """`about`, `hook_names`, `site_dims`, `dtype`, `n_tokens`, and a row for each shard."""
@@ -122,8 +121,7 @@ def write_cache(
             are no cache; a source without tokens; NaN or infinite activations.
         OSError: the folder cannot be written.
     """
-    if shard_tokens < 1:
-        raise ValueError(f"need shard_tokens >= 1, got {shard_tokens}")
+    require_at_least(1, shard_tokens=shard_tokens)
     folder = require_writable(Path(folder))
     manifest = _begin(source, folder, about, shard_tokens)
     _remove_leftovers(folder)

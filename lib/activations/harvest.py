@@ -16,7 +16,7 @@ from lib.data.corpus import Corpus
 from lib.models.families import hugging_face
 from lib.models.load import weights_fingerprint
 from lib.models.sites import split_head, width_at
-from lib.runtime import resolve_dtype
+from lib.runtime import require_at_least, resolve_dtype
 
 BACKENDS = {
     "hf": backends.hf,
@@ -49,8 +49,7 @@ class HarvestConfig:
             raise ValueError("need at least one hook name, got none")
         if len(set(self.hook_names)) < len(self.hook_names):
             raise ValueError(f"need each hook name once, got {self.hook_names}")
-        if self.batch_rows < 1:
-            raise ValueError(f"need batch_rows >= 1, got {self.batch_rows}")
+        require_at_least(1, batch_rows=self.batch_rows)
         if self.backend not in BACKENDS:
             raise ValueError(f"need backend in {sorted(BACKENDS)}, got {self.backend!r}")
         if self.max_norm is not None and self.max_norm <= 0:

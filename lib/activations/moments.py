@@ -17,8 +17,7 @@ class Moments:
     """
 
     def __init__(self, d_in: int, device: torch.device | str = "cpu") -> None:
-        if d_in < 1:
-            raise ValueError(f"need d_in >= 1, got {d_in}")
+        require_at_least(1, d_in=d_in)
         self.count = 0
         self.mean: Float[Tensor, " d_in"] = torch.zeros(d_in, dtype=torch.float64, device=device)
         self._products = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lib.data.tokens import IGNORED, collate
 from lib.models.families import hugging_face
+from lib.runtime import require_at_least
 
 Row = Mapping[str, Any]
 """A tokenised chat: `input_ids`, `assistant_mask`, as from `lib.data.tokens.tokenize_chats`."""
@@ -41,8 +42,7 @@ class Chats:
         if not self.rows or empty:
             what = f"row {empty[0]} without" if empty else "no rows"
             raise ValueError(f"need chats with tokens of the assistant to learn, got {what}")
-        if batch_size < 1:
-            raise ValueError(f"need batch_size >= 1, got {batch_size}")
+        require_at_least(1, batch_size=batch_size)
         if batch_size > len(self.rows):
             raise ValueError(f"need at least a batch of {batch_size} chats, got {len(self.rows)}")
         self.pad_id, self.batch_size, self.seed = pad_id, batch_size, seed

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib.activations.moments import KINDS
 from lib.dictionaries.rules import Rule, rule_from_json, rule_to_json
+from lib.runtime import require_at_least
 
 CODE_NORMS = ("decoder", "crosscoder", "none")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -44,8 +45,7 @@ class DictionaryConfig:
             dims = getattr(self, name)
             if dims is not None and (not dims or min(dims) < 1):
                 raise ValueError(f"need {name} to be widths of at least 1, got {dims}")
-        if self.d_sae < 1:
-            raise ValueError(f"need d_sae >= 1, got {self.d_sae}")
+        require_at_least(1, d_sae=self.d_sae)
         k = getattr(self.rule, "k", 1)
         if k > self.d_sae:
             raise ValueError(f"need k <= d_sae {self.d_sae}, got k {k}")
@@ -130,9 +130,9 @@ class FitConfig:
     """Steps between checkpoints; 0: only when done."""
 
     def __post_init__(self) -> None:
-        for name, least in (("n_steps", 1), ("dead_after", 1), ("log_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"need {name} >= {least}, got {getattr(self, name)}")
+        steps = {"n_steps": self.n_steps, "log_every": self.log_every}
+        require_at_least(1, dead_after=self.dead_after, **steps)
+        require_at_least(0, checkpoint_every=self.checkpoint_every)
         for name in ("lr", "grad_clip"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"need {name} > 0 and finite, got {getattr(self, name)}")
@@ -141,8 +141,6 @@ class FitConfig:
                 raise ValueError(f"need {name} in [0, 1], got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"need betas in [0, 1), got {self.betas}")
-        if self.checkpoint_every < 0:
-            raise ValueError(f"need checkpoint_every >= 0, got {self.checkpoint_every}")
         if self.lr_schedule not in SCHEDULES:
             raise ValueError(f"need lr_schedule in {SCHEDULES}, got {self.lr_schedule!r}")
         if self.dtype not in ("float32", "bfloat16"):

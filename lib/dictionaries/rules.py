@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lib.runtime import require_at_least
 from lib.sparse import DENSE, Scan, SparseActs, dense_jumprelu, sparse_jumprelu
 from lib.sparse.select import largest
 from lib.training import distributed
@@ -197,8 +198,7 @@ class TopK(Rule):
     """Latents kept per token."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"need k >= 1, got {self.k}")
+        require_at_least(1, k=self.k)
 
     def acts(self, pre: Acts, p: Parameters) -> Acts:
         values, indices = pre.topk(self.k, dim=1, sorted=False)
@@ -230,8 +230,7 @@ class BatchTopK(Rule):
     """Weight of the past in the moving average of the threshold, per batch."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"need k >= 1, got {self.k}")
+        require_at_least(1, k=self.k)
         if not 0 <= self.threshold_decay < 1:
             raise ValueError(f"need threshold_decay in [0, 1), got {self.threshold_decay}")
 

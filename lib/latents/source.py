@@ -19,6 +19,7 @@ from lib.dictionaries import Dictionary, SparseActs
 from lib.latents.record import LatentRecord, Part, assemble
 from lib.models.families import hugging_face
 from lib.models.sites import replace, require_eval, site_dim
+from lib.runtime import require_at_least
 
 Edit = Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]
 """From a latent's values at all tokens of a forward pass, row by row, to its new values."""
@@ -192,8 +193,7 @@ def record_of(
         ValueError: `batch_rows` below 1; a token id that the model does not have; no token to
             record; a model in training mode.
     """
-    if batch_rows < 1:
-        raise ValueError(f"need batch_rows >= 1, got {batch_rows}")
+    require_at_least(1, batch_rows=batch_rows)
     n_ids = hugging_face(source.model).get_input_embeddings().num_embeddings
     largest = int(corpus.ids.max())
     if largest >= n_ids:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lib.data.corpus import Corpus
 from lib.models.sites import frozen, replace, require_eval, site_dim, split_head
+from lib.runtime import require_at_least
 
 Rebuild = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 
@@ -94,10 +95,8 @@ class PatchedKL:
             ValueError: `batch_rows` below 1, a negative seed, an unknown site, a model in training
                 mode, or a corpus without a token to predict or to patch.
         """
-        if batch_rows < 1:
-            raise ValueError(f"need batch_rows >= 1, got {batch_rows}")
-        if seed < 0:
-            raise ValueError(f"need seed >= 0, got {seed}")
+        require_at_least(1, batch_rows=batch_rows)
+        require_at_least(0, seed=seed)
         self.width = site_dim(model, hook_name)
         """Of the activations that `rebuild` gets."""
         require_eval(model)
@@ -116,8 +115,7 @@ class PatchedKL:
         Raises:
             ValueError: a negative step.
         """
-        if step < 0:
-            raise ValueError(f"need step >= 0, got {step}")
+        require_at_least(0, step=step)
         n = min(self._batch_rows, len(self._usable))
         drawn = np.random.default_rng([self._seed, step]).choice(len(self._usable), n, False)
         return self._usable[torch.from_numpy(drawn)]

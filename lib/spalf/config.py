@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from lib.runtime import require_at_least
+
 LAWS = ("pi", "adrc", "ascent")
 ABLATIONS = {
     "no whitening": {"whiten": False},
@@ -55,9 +57,8 @@ class SpalfConfig:
     """Let dead latents learn from the error (AuxK)."""
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "d_sae", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"need {name} >= 1, got {getattr(self, name)}")
+        require_at_least(1, n_steps=self.n_steps, d_sae=self.d_sae, log_every=self.log_every)
+        require_at_least(0, checkpoint_every=self.checkpoint_every)
         if not 0 < self.r2_target < 1:
             raise ValueError(f"need r2_target in (0, 1), got {self.r2_target}")
         if not 0 < self.l0_target < self.d_sae:
@@ -66,8 +67,6 @@ class SpalfConfig:
             )
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"need a finite lr > 0, got {self.lr}")
-        if self.checkpoint_every < 0:
-            raise ValueError(f"need checkpoint_every >= 0, got {self.checkpoint_every}")
         if self.law not in LAWS:
             raise ValueError(f"need law in {LAWS}, got {self.law!r}")
 

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lib.runtime import require_at_least
+
 TOLERANCE = 0.1  # of a settled constraint's filtered violation: an active one hovers round 0
 LOG_RANGE = 3.0  # log(1 + g) is clipped to ± this before it is filtered
 REFERENCE = 0.1  # root mean square of g at which the adaptive penalty is rho
@@ -132,8 +134,7 @@ class Control:
         rho: float = 1.0,
         unmet_at_limit: Sequence[str] = (),
     ) -> None:
-        if every < 1:
-            raise ValueError(f"need every >= 1, got {every}")
+        require_at_least(1, every=every)
         _require_positive("limit", limit)
         if not 0 <= fast <= slow < 1:
             raise ValueError(f"need 0 <= fast <= slow < 1, got fast {fast}, slow {slow}")

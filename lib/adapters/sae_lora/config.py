@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lib.runtime import require_at_least
+
 Mode = Literal["add", "replace"]
 Sparsity = Literal["none", "l1", "topk"]
 
@@ -54,12 +56,9 @@ class SaeLoraConfig:
                 raise ValueError(
                     f"need {name} in {list(get_args(known))}, got {getattr(self, name)!r}"
                 )
-        for name in ("rank", "n_steps", "accumulate", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"need {name} >= 1, got {getattr(self, name)}")
-        for name in ("n_refit", "patience", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"need {name} >= 0, got {getattr(self, name)}")
+        steps = {"n_steps": self.n_steps, "eval_every": self.eval_every}
+        require_at_least(1, rank=self.rank, accumulate=self.accumulate, **steps)
+        require_at_least(0, n_refit=self.n_refit, patience=self.patience, seed=self.seed)
         for name in ("lr", "scale_lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"need {name} > 0, got {getattr(self, name)}")
