@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from lib import paths
 from lib.adapters import Chats, SaeLora, SaeLoraConfig, held_out_loss, train_sae_lora
-from lib.analysis.attribution import jaccard, read_mass
+from lib.analysis.attribution import read_mass
 from lib.analysis.behaviour import BehaviourCheck, towards_french
 from lib.analysis.causal import on_random_latents, without
 from lib.analysis.labels import chance, concept_mass
@@ -126,7 +126,8 @@ def main(args: argparse.Namespace) -> None:
     for name, found in supports.items():
         pairs = list(itertools.combinations(found, 2))
         for side, label in enumerate(("read", "write")):
-            values = [round(jaccard(a[side], b[side]), 2) for a, b in pairs]
+            sets = [({*a[side].tolist()}, {*b[side].tolist()}) for a, b in pairs]
+            values = [round(len(a & b) / max(len(a | b), 1), 2) for a, b in sets]
             print(f"{name}: Jaccard of the {label} supports of two seeds: {values}")
 
 

@@ -13,7 +13,6 @@ from lib.adapters.sae_lora.adapter import SaeLora
 from lib.adapters.sae_lora.config import SaeLoraConfig
 from lib.analysis.attribution import (
     concentration,
-    jaccard,
     logit_attribution,
     pathways,
     promoted,
@@ -22,7 +21,7 @@ from lib.analysis.attribution import (
     suppressed,
     written,
 )
-from lib.analysis.causal import causal_check, random_support, without
+from lib.analysis.causal import causal_check, on_random_latents, without
 from lib.analysis.labels import Label, chance, concept_labels, concept_mass, token_text
 from lib.dictionaries import Dictionary, SparseActs, recipes
 from lib.latents import LatentRecord
@@ -220,12 +219,6 @@ def test_pathways_say_what_the_adapter_does(dictionary, adapter):
         torch.testing.assert_close(one.latent_delta(SparseActs.of(acts)), sum(parts))
 
 
-def test_jaccard():
-    assert jaccard(torch.tensor([1, 2, 3]), torch.tensor([3, 2, 9, 8])) == 2 / 5
-    empty = torch.tensor([], dtype=torch.long)
-    assert (jaccard(empty, empty), jaccard(empty, torch.tensor([1]))) == (1, 0)
-
-
 def test_attribution_is_what_the_models_own_head_says(gemma, adapter):
     """The decoder rows through the model's own norm and head, with the norm's division undone."""
     model, tokenizer = gemma
@@ -308,24 +301,18 @@ def test_removal_goes_from_the_strongest_on(adapter):
     assert read(without(adapter, "write", [9]))[3] == pytest.approx(0.6 * 16)
 
 
-def test_random_support_keeps_weights_and_scale(dictionary):
+def test_random_latents_keep_weights_and_scale(dictionary):
     reads = [{i: 1.0 + i for i in range(10)}, {2: -3.0}]
     writes = [{i: 1.0 - i for i in range(20, 28)}, {50: 1.0}]
     wide = planted(dictionary, reads, writes, [2.0, -5.0])
     before = {name: value.clone() for name, value in wide.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     rate = torch.linspace(0, 1, D_SAE)[torch.randperm(D_SAE, generator=generator)]
-    drawn: list[SaeLora] = []
-
-    def keep(adapter: SaeLora) -> float:
-        drawn.append(adapter)
-        return float(adapter.read_support[0])
-
-    values = random_support(wide, keep, n_draws=6, seed=1)
-    near = random_support(wide, keep, n_draws=6, seed=1, firing_rate=rate)
-    assert random_support(wide, keep, n_draws=6, seed=1) == values
-    assert random_support(wide, keep, n_draws=6, seed=2) != values
-    assert len(set(values)) > 2 and len(near) == 6
+    drawn = [on_random_latents(wide, seed) for seed in range(6)]
+    first = [other.read_support.tolist() for other in drawn]
+    assert len({tuple(support) for support in first}) > 2
+    assert on_random_latents(wide, 1).read_support.tolist() == first[1]
+    drawn += [on_random_latents(wide, seed, rate) for seed in range(6)]
     for other in drawn:
         assert other.dictionary is wide.dictionary
         torch.testing.assert_close(other.scale, wide.scale)
@@ -339,19 +326,13 @@ def test_random_support_keeps_weights_and_scale(dictionary):
         assert torch.equal(value, before[name])
 
 
-def test_random_support_takes_latents_that_fire_as_often(dictionary):
+def test_random_latents_fire_as_often(dictionary):
     frequent, rate = range(30), torch.where(torch.arange(D_SAE) < 30, 0.5, 0.001)
     wide = planted(dictionary, [{0: 1.0, 1: 2.0}], [{40: 1.0}], [1.0])
-    drawn = []
-
-    def keep(adapter: SaeLora) -> float:
-        drawn.append((adapter.read_support.tolist(), adapter.write_support.tolist()))
-        return 0.0
-
-    random_support(wide, keep, n_draws=30, seed=0, firing_rate=rate)
-    assert all(set(reads) <= set(frequent) for reads, _ in drawn)
-    assert all(set(writes).isdisjoint(frequent) for _, writes in drawn)
-    assert len({tuple(reads) for reads, _ in drawn}) > 10
+    drawn = [on_random_latents(wide, seed, rate) for seed in range(30)]
+    reads = {tuple(other.read_support.tolist()) for other in drawn}
+    assert all(set(support) <= set(frequent) for support in reads) and len(reads) > 10
+    assert all(set(other.write_support.tolist()).isdisjoint(frequent) for other in drawn)
     dense = planted(dictionary, [dict.fromkeys(range(31), 1.0)], [{40: 1.0}], [1.0])
     with pytest.raises(ValueError, match="need a support of at most 30 latents, got 31"):
-        random_support(dense, keep, n_draws=1, seed=0)
+        on_random_latents(dense, 0)

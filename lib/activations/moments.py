@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lib.runtime import require_at_least
+
 KINDS = ("none", "mean_norm", "per_dim")
 
 

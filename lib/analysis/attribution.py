@@ -96,12 +96,6 @@ def _strength(terms: Float[Tensor, "r d_sae"]) -> Float[Tensor, " d_sae"]:
     return terms.abs().sum(0) * terms.gather(0, largest)[0].sign()
 
 
-def jaccard(a: Int[Tensor, " n"], b: Int[Tensor, " m"]) -> float:
-    """Latents in both supports, as a share of those in either; two empty supports are equal."""
-    one, other = set(a.tolist()), set(b.tolist())
-    return len(one & other) / len(one | other) if one or other else 1.0
-
-
 @torch.no_grad()
 def read_mass(adapter: SaeLora, share: Float[Tensor, " d_sae"], record: LatentRecord) -> float:
     """Where what the adapter reads lies: the mean of `share` over its reads.

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from lib.adapters.sae_lora.adapter import SaeLora
 
+Row = dict[str, str | int | float]
 N_NEAR = 20
 """Latents of the nearest firing rates, of which a control takes one."""
 
 
-def causal_check(
-    adapter: SaeLora, measure: Callable[[SaeLora], float], *, n: int
-) -> list[dict[str, str | int | float]]:
+def causal_check(adapter: SaeLora, measure: Callable[[SaeLora], float], *, n: int) -> list[Row]:
     """The behaviour without each of the strongest latents, and without the strongest 1, 2, … `n`.
 
     What is left keeps its weights, so the adapter gets weaker as it loses latents.
@@ -29,7 +28,7 @@ def causal_check(
         the first row.
     """
     whole = measure(adapter)
-    rows: list[dict[str, str | int | float]] = []
+    rows: list[Row] = []
     for side, support in (("read", adapter.read_support), ("write", adapter.write_support)):
         latents = support[:n].tolist()
         rows.append(_row(side, -1, 0, False, whole))
@@ -48,17 +47,14 @@ def without(adapter: SaeLora, side: str, latents: Sequence[int]) -> SaeLora:
     return adapter.restricted(**{side: kept})
 
 
-def random_support(
-    adapter: SaeLora,
-    measure: Callable[[SaeLora], float],
-    *,
-    n_draws: int,
-    seed: int,
-    firing_rate: Float[Tensor, " d_sae"] | None = None,
-) -> list[float]:
-    """The control: the behaviour where the same weights and scale lie on random other latents.
+@torch.no_grad()
+def on_random_latents(
+    adapter: SaeLora, seed: int, firing_rate: Float[Tensor, " d_sae"] | None = None
+) -> SaeLora:
+    """The control: a copy whose weights and scale lie on random other latents, on both sides.
 
-    Both sides move, each to latents that it did not use.
+    As it is, it shows that the weights mean something only where they were learned. Trained again
+    on its own support, it shows what any support of that size can learn.
 
     Args:
         firing_rate: of every latent. With it each latent gives its weights to one of those that
@@ -66,19 +62,6 @@ def random_support(
 
     Raises:
         ValueError: an adapter that uses more than half of the latents on one side.
-    """
-    draws = range(seed * n_draws, (seed + 1) * n_draws)
-    return [measure(on_random_latents(adapter, draw, firing_rate)) for draw in draws]
-
-
-@torch.no_grad()
-def on_random_latents(
-    adapter: SaeLora, seed: int, firing_rate: Float[Tensor, " d_sae"] | None = None
-) -> SaeLora:
-    """A copy whose weights lie on random other latents; see `random_support`.
-
-    As it is, it shows that the weights mean something only where they were learned. Trained again
-    on its own support, it shows what any support of that size can learn.
     """
     generator = torch.Generator().manual_seed(seed)
     other = adapter.restricted()
@@ -117,9 +100,6 @@ def _others(
     return chosen
 
 
-def _row(
-    side: str, latent: int, n_removed: int, alone: bool, value: float
-) -> dict[str, str | int | float]:
-    return {
-        "side": side, "latent": latent, "n_removed": n_removed, "alone": alone, "value": value
-    }  # fmt: skip
+def _row(side: str, latent: int, n_removed: int, alone: bool, value: float) -> Row:
+    names = ("side", "latent", "n_removed", "alone", "value")
+    return dict(zip(names, (side, latent, n_removed, alone, value), strict=True))

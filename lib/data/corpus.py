@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lib.data.chats import SCHEMAS, load_chats, open_source
 from lib.data.tokens import AS_WRITTEN
+from lib.runtime import require_at_least
 from lib.world import World
 
 Rows = list[Sequence[int]] | list[np.ndarray]
@@ -153,10 +154,8 @@ the chosen side |
         ValueError: impossible numbers, an unknown split, a dataset with neither text nor chats
             (its columns are listed), without a single token, or that the tokenizer cannot take.
     """
-    if n_tokens < 1:
-        raise ValueError(f"need n_tokens >= 1, got {n_tokens}")
-    if seq_len < 2:
-        raise ValueError(f"need seq_len >= 2, got {seq_len}")
+    require_at_least(1, n_tokens=n_tokens)
+    require_at_least(2, seq_len=seq_len)
     if dataset == "world":
         return _world(tokenizer, n_tokens, seq_len, split, seed)
     source = open_source(dataset, split, True)

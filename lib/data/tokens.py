@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template
 
 from lib.data.chats import write_dataset
+from lib.runtime import require_at_least
 
 Message = Mapping[str, str]
 Span = tuple[int, int]
@@ -88,8 +89,7 @@ def tokenize_chats(
             `{% generation %}` and TRL no twin of it, whose answers it rewrites. The message names
             the chat.
     """
-    if max_len < 1:
-        raise ValueError(f"need max_len >= 1, got {max_len}")
+    require_at_least(1, max_len=max_len)
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; need a fast one")
     if not tokenizer.chat_template:
