@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from jaxtyping import Float
@@ -60,20 +61,12 @@ class DoseResponse:
     control: tuple[tuple[float, ...], ...]
     """For each random direction its value at each dose."""
 
-    @property
-    def control_mean(self) -> tuple[float, ...]:
-        """At each dose, over the random directions."""
-        return tuple(math.fsum(at) / len(at) for at in zip(*self.control, strict=True))
+    def _control(self, of: Callable[[Sequence[float]], float]) -> tuple[float, ...]:
+        return tuple(of(at) for at in zip(*self.control, strict=True))
 
-    @property
-    def control_low(self) -> tuple[float, ...]:
-        """The smallest at each dose."""
-        return tuple(min(at) for at in zip(*self.control, strict=True))
-
-    @property
-    def control_high(self) -> tuple[float, ...]:
-        """The largest at each dose."""
-        return tuple(max(at) for at in zip(*self.control, strict=True))
+    control_mean = property(lambda self: self._control(fmean), doc="Of each dose's controls.")
+    control_low = property(lambda self: self._control(min), doc="Each dose's smallest control.")
+    control_high = property(lambda self: self._control(max), doc="Each dose's largest control.")
 
 
 def dose_response(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
@@ -44,7 +45,7 @@ def sparsity_behaviour(
     for point in points:
         by_method.setdefault(point["method"], {}).setdefault(point["setting"], []).append(point)
     for method, groups in by_method.items():
-        marks = [(_mean([float(p["n_latents"]) for p in g]), g) for g in groups.values()]
+        marks = [(fmean([float(p["n_latents"]) for p in g]), g) for g in groups.values()]
         marks.sort(key=lambda mark: mark[0])
         figure.add_scatter(
             x=[max(n, _ZERO) for n, _ in marks],
@@ -154,13 +155,9 @@ def _name(side: str, latent: int, labels: Mapping[int, str]) -> str:
     return f"{labels[latent]} ({place})" if latent in labels else place
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _mean_and_range(groups: Sequence[Sequence[float]]) -> dict[str, Any]:
     """A scatter's marks at the means of groups of shares, with bars over their ranges."""
-    means = [_mean(group) for group in groups]
+    means = [fmean(group) for group in groups]
     ups = [max(group) - mean for group, mean in zip(groups, means, strict=True)]
     downs = [mean - min(group) for group, mean in zip(groups, means, strict=True)]
     return {
@@ -175,7 +172,7 @@ def _reference(figure: go.Figure, name: str, values: Sequence[float]) -> None:
     """A line at the mean of `values` over the whole width, and a band over their range."""
     if not values:
         raise ValueError(f"need values for the reference {name!r}, got none")
-    colour, mean = METHOD_COLOURS.get(name, REFERENCE), _mean(values)
+    colour, mean = METHOD_COLOURS.get(name, REFERENCE), fmean(values)
     figure.add_hrect(y0=min(values), y1=max(values), fillcolor=colour, opacity=0.15, line_width=0)
     figure.add_hline(
         y=mean,
