@@ -6,7 +6,7 @@ BIN := .venv/bin
 EXTRAS ?= dev
 # Processes side by side, each with one thread.
 PARALLEL := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-WORKERS := -n auto --dist loadgroup -p no:nbmake
+WORKERS := -n auto --dist loadfile -p no:nbmake
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
 export HF_HUB_DISABLE_TELEMETRY := 1

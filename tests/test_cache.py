@@ -178,7 +178,6 @@ def write_until_killed(folder, n_lines):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("kills")
 def test_kill_at_any_line_leaves_nothing_half(tmp_path, forkserver):
     """Writers go on from each other and are killed; one more finishes the cache."""
     write(tmp_path / "whole", Numbered(MANY), shard_tokens=60)

@@ -16,7 +16,7 @@ from lib.training import checkpoint
 from tests import fit_worker, sae_lora_worker, spalf_worker
 from tests.small_fits import same
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("kills")]
+pytestmark = pytest.mark.slow
 N_KILLS = 20
 RUNS = {
     "dictionaries": (fit_worker.run, "gated"),

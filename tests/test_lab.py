@@ -24,7 +24,6 @@ from tests import lab
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(lab.CHROMIUM is None, reason="needs chromium: apt-get install chromium"),
-    pytest.mark.xdist_group("chromium"),
 ]
 MODEL = paths.shipped_dir() / "models" / "tiny-gemma2"
 DICTIONARY = paths.shipped_dir() / "saes" / "tiny-gemma2" / "topk"

@@ -18,7 +18,7 @@ from tests import parallel_worker
 from tests.fit_worker import Planted, stream
 from tests.parallel_worker import RECIPES, score_sets, screened, trained
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 WORKER = parallel_worker.__file__
 
