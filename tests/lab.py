@@ -178,7 +178,7 @@ def open_notebook(page: Page, lab: Lab, name: str) -> None:
     expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
 
 
-def run_all(page: Page, seconds: float = 120) -> None:
+def run_all(page: Page) -> None:
     """Run all cells from the menu and wait until the last one is done; none may be empty.
 
     Raises:
@@ -192,7 +192,7 @@ def run_all(page: Page, seconds: float = 120) -> None:
     cells = page.locator(".jp-CodeCell")
     done = cells.filter(has=page.locator(".jp-InputPrompt", has_text=re.compile(r"\d")))
     end = tracebacks.or_(done.nth(cells.count() - 1)).first
-    expect(end).to_be_attached(timeout=1000 * seconds)
+    expect(end).to_be_attached(timeout=1000 * SECONDS)
     assert not tracebacks.count(), tracebacks.first.inner_text()
 
 

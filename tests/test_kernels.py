@@ -412,7 +412,7 @@ def compare_with_triton(inputs, grads):
 def test_the_kernels_under_the_interpreter():
     """The variable is read when triton is imported, so this needs a new process."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-k", "triton_path", "-n0", "--noconftest"]
+    command = [sys.executable, "-m", "pytest", "-k", "triton_path", "-n0", "-p", "no:nbmake"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [*command, __file__], cwd=ROOT, env=environment, capture_output=True, text=True

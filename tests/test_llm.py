@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import socket
 import traceback
 from pathlib import Path
 
@@ -112,6 +113,19 @@ def test_a_fault_that_stays_fails_its_item_only(tmp_path, fault, n_asked, kept, 
         assert sum(map(is_b, server.bodies)) == n_asked
         assert ask(client(server, tmp_path, **settings), "b") == [failure]
         assert sum(map(is_b, server.bodies)) == n_asked * (1 if kept else 2)
+
+
+def test_a_real_server_that_stays_silent_is_asked_again(tmp_path):
+    """Over a socket, where it is httpx that loses patience."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        where = {"base_url": f"http://127.0.0.1:{listener.getsockname()[1]}/v1"}
+        (failure,) = ask(client(Loopback(), tmp_path, **where, timeout=0.3), "b")
+        listener.settimeout(0)
+        sent = [listener.accept()[0].recv(99).split()[:2] for _ in range(3)]
+        with pytest.raises(BlockingIOError):  # and no fourth time
+            listener.accept()
+    assert isinstance(failure, Failure) and "timed out" in failure.reason
+    assert sent == [[b"POST", b"/v1/chat/completions"]] * 3
 
 
 def test_an_invalid_answer_is_told_what_was_wrong(tmp_path):

@@ -554,6 +554,8 @@ def test_the_dictionary_must_be_the_adapters(folder):
     ("dictionary", "config", "message"),
     [
         ({}, {"hook_name": "blocks.0.hook_mlp_out"}, rf"own hook name '{SITE}', got 'blocks\.0"),
+        ({"hook_names": ()}, {}, "need a hook_name"),
+        ({"site_dims": (5,), "out_dims": (5,)}, {}, r"reconstructs its input, .*out_dims \(5,\)"),
         ({"hook_names": ("blocks.1.attn.hook_z",)}, {}, "residual stream, got .*hook_z"),
         ({"site_dims": (5, 7), "hook_names": ()}, {"hook_name": SITE}, "of one site, got one of 2"),
         ({}, {"n_read": 41}, "need n_read <= d_sae 40, got 41"),
@@ -563,6 +565,12 @@ def test_the_dictionary_must_be_the_adapters(folder):
 def test_dictionaries_that_cannot_serve_are_refused(dictionary, config, message):
     with pytest.raises(ValueError, match=message):
         SaeLora(made(**dictionary), SaeLoraConfig(**config))
+
+
+def test_the_hook_name_may_come_from_either():
+    assert SaeLora(made(), SaeLoraConfig()).config.hook_name == SITE
+    assert SaeLora(made(), SaeLoraConfig(hook_name=SITE)).config.hook_name == SITE
+    assert SaeLora(made(hook_names=()), SaeLoraConfig(hook_name=SITE)).config.hook_name == SITE
 
 
 def refused(adapter: SaeLora, model, message: str) -> None:

@@ -130,8 +130,8 @@ class FitConfig:
     """Steps between checkpoints; 0: only when done."""
 
     def __post_init__(self) -> None:
-        steps = {"n_steps": self.n_steps, "log_every": self.log_every}
-        require_at_least(1, dead_after=self.dead_after, **steps)
+        require_at_least(1, n_steps=self.n_steps, log_every=self.log_every)
+        require_at_least(1, dead_after=self.dead_after)
         require_at_least(0, checkpoint_every=self.checkpoint_every)
         for name in ("lr", "grad_clip"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):

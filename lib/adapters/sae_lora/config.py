@@ -56,8 +56,8 @@ class SaeLoraConfig:
                 raise ValueError(
                     f"need {name} in {list(get_args(known))}, got {getattr(self, name)!r}"
                 )
-        steps = {"n_steps": self.n_steps, "eval_every": self.eval_every}
-        require_at_least(1, rank=self.rank, accumulate=self.accumulate, **steps)
+        require_at_least(1, rank=self.rank, n_steps=self.n_steps)
+        require_at_least(1, accumulate=self.accumulate, eval_every=self.eval_every)
         require_at_least(0, n_refit=self.n_refit, patience=self.patience, seed=self.seed)
         for name in ("lr", "scale_lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
