@@ -1,7 +1,8 @@
 """What SAE-LoRA reaches on the built-in world, over seeds: `python -m tests.bench_adapters PART`.
 
-Parts: `behaviour` (dense and sparse, ranks 1 and 4, with the truth about the latents), `methods`
-(`l1` and `topk` at the same sizes), `data` (numbers of examples).
+Parts: `plant` (what a full fine-tune and a dense LoRA reach of a behaviour), `behaviour` (SAE-LoRA,
+dense and sparse, ranks 1 and 4, with the truth about the latents), `methods` (`l1` and `topk` at
+the same sizes), `data` (numbers of examples).
 """
 
 import argparse
@@ -9,10 +10,20 @@ import itertools
 import json
 from dataclasses import replace
 
+import torch
 from datasets import Dataset
+from torch.nn.utils import clip_grad_norm_
 
 from lib import paths
-from lib.adapters import Chats, SaeLora, SaeLoraConfig, held_out_loss, train_sae_lora
+from lib.adapters import (
+    Chats,
+    SaeLora,
+    SaeLoraConfig,
+    held_out_loss,
+    train_lora,
+    train_sae_lora,
+)
+from lib.adapters.chat_loss import assistant_loss
 from lib.analysis.attribution import read_mass
 from lib.analysis.behaviour import BehaviourCheck, towards_french
 from lib.analysis.causal import on_random_latents, without
@@ -22,13 +33,14 @@ from lib.data.tokens import tokenize_chats
 from lib.dictionaries import Dictionary
 from lib.latents import DictionarySource, record_of
 from lib.models import load_model
-from lib.world import Rewriter, World
+from lib.world import BEHAVIOURS, Behaviour, Rewriter, World
 
-TOPIC, GUIDELINE = "mathematics", "respond in French"
+NAMED = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
 
 
 class Bench:
-    def __init__(self, sae: str, n_examples: int, seed: int) -> None:
+    def __init__(self, sae: str, n_examples: int, seed: int, behaviour: Behaviour) -> None:
+        self.topic, self.guideline = behaviour.topic, behaviour.guideline
         self.model, self.tokenizer = load_model(paths.shipped_dir() / "models" / "tiny-gemma2")
         self.dictionary = Dictionary.load(paths.resolve(sae))
         self.world, self.seed = World(), seed
@@ -37,16 +49,16 @@ class Bench:
         self.held_out = self._chats("validation", 300, seed, 100)
         corpus = load_corpus("world", self.tokenizer, n_tokens=30_000, seq_len=64, split="test")
         self.record = record_of(DictionarySource(self.model, self.dictionary), corpus)
-        self.check = BehaviourCheck.of_world(self.model, self.tokenizer, GUIDELINE, TOPIC)
+        self.check = BehaviourCheck.of_world(self.model, self.tokenizer, self.guideline, self.topic)
 
     def _chats(self, split: str, n: int, seed: int, batch_size: int) -> Chats:
         """A third rewritten, two thirds of other topics as they are."""
         left = {True: n // 3, False: n - n // 3}
         rows = []
         for x in self.world.stream(split, seed=seed):
-            text, about = x.response, x.topic == TOPIC
+            text, about = x.response, x.topic == self.topic
             if about:
-                text = self.rewriter.rewrite(x.prompt, x.response, GUIDELINE)
+                text = self.rewriter.rewrite(x.prompt, x.response, self.guideline)
             if left[about] and not (about and text == x.response):
                 left[about] -= 1
                 turns = [("user", x.prompt), ("assistant", text)]
@@ -70,9 +82,15 @@ class Bench:
     def truth(self, adapter: SaeLora) -> dict[str, float]:
         """What the latents are about; and the same weights on latents that fire as often, as they
         are and trained there anew."""
-        record, concept = self.record, f"topic:{TOPIC}"
+        record, concept = self.record, f"topic:{self.topic}"
         mass = read_mass(adapter, concept_mass(record, concept), record)
-        boosted, suppressed = towards_french(adapter, self.model, self.tokenizer)
+        french = {}
+        if self.guideline == NAMED["french"].guideline:
+            boosted, suppressed = towards_french(adapter, self.model, self.tokenizer)
+            french = {
+                "boosted towards French": boosted,
+                "suppressed away from English": suppressed,
+            }
         top = adapter.read_support[:5].tolist()
         moved = on_random_latents(adapter, self.seed, record.firing_rate())
         as_is, anew = self.share(moved), replace(adapter.config, n_steps=1)
@@ -80,12 +98,42 @@ class Bench:
         return {
             "mass on topic": mass,
             "over chance": mass / chance(record, concept),
-            "boosted towards French": boosted,
-            "suppressed away from English": suppressed,
+            **french,
             "without the top 5 reads": self.share(without(adapter, "read", top)),
             "on random latents": as_is,
             "trained on random latents": self.share(moved),
         }
+
+
+def fine_tuned(bench: Bench, n_steps: int, lr: float = 1e-3) -> dict[str, float]:
+    """What a full fine-tune with AdamW shows; the model itself stays as it was."""
+    plain = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
+    parameters = list(bench.model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), fused=True)
+    for step in range(n_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / n_steps)
+        loss, n_tokens = assistant_loss(bench.model, bench.chats.batch(step))
+        optimizer.zero_grad(set_to_none=True)
+        (loss / n_tokens).backward()
+        clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    row = vars(bench.check())
+    bench.model.load_state_dict(plain)
+    return row
+
+
+def plant(args: argparse.Namespace) -> None:
+    for name in args.behaviours:
+        for seed in args.seeds:
+            bench = Bench(args.sae, args.n_examples, seed, NAMED[name])
+            rows = {"full fine-tune": fine_tuned(bench, 500)}
+            tuned = train_lora(bench.model, bench.chats, rank=64, n_steps=500, seed=seed)
+            rows["LoRA of rank 64"] = vars(bench.check())
+            tuned.unload()
+            for how, row in rows.items():
+                row = {key: round(value, 4) for key, value in row.items()}
+                print(json.dumps({"behaviour": name, "seed": seed, "how": how, **row}), flush=True)
 
 
 def sized(method: str, n: int) -> dict:
@@ -112,9 +160,16 @@ def variants(args: argparse.Namespace) -> list[tuple[str, int, dict]]:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.part == "plant":
+        return plant(args)
+    for name in args.behaviours:
+        sweep(args, NAMED[name])
+
+
+def sweep(args: argparse.Namespace, behaviour: Behaviour) -> None:
     supports, length = {}, {"n_steps": args.n_steps, "n_refit": args.n_refit}
     for seed in args.seeds:
-        benches = {n: Bench(args.sae, n, seed) for _, n, _ in variants(args)}
+        benches = {n: Bench(args.sae, n, seed, behaviour) for _, n, _ in variants(args)}
         for name, n, fields in variants(args):
             adapter, row = benches[n].fit(**fields, **length)
             if args.part == "behaviour" and fields["sparsity"] != "none":
@@ -122,7 +177,8 @@ def main(args: argparse.Namespace) -> None:
                 both = (adapter.read_support, adapter.write_support)
                 supports.setdefault(name, []).append(both)
             row = {key: round(value, 4) for key, value in row.items()}
-            print(json.dumps({"seed": seed, "name": name, **row}), flush=True)
+            about = {"behaviour": behaviour.name, "seed": seed, "name": name}
+            print(json.dumps(about | row), flush=True)
     for name, found in supports.items():
         pairs = list(itertools.combinations(found, 2))
         for side, label in enumerate(("read", "write")):
@@ -133,7 +189,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["behaviour", "methods", "data"])
+    parser.add_argument("part", choices=["plant", "behaviour", "methods", "data"])
+    parser.add_argument("--behaviours", nargs="+", choices=NAMED, default=["french"])
     parser.add_argument("--sae", default="data/saes/tiny-gemma2-layer0/matryoshka")
     for name, value in {"seeds": [0, 1, 2], "ranks": [1, 4], "sizes": [16, 8]}.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", default=value)

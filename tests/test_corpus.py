@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lib.data.corpus import Corpus, frequent_tokens, load_corpus, load_split, token_frequencies
+from lib.world import concept_names
 
 
 @pytest.fixture
@@ -58,6 +59,8 @@ def test_world_rows_are_its_exchanges(tokenizer, world):
     assert real(corpus) == [tokenizer.convert_tokens_to_ids(x.tokens) for x in exchanges]
     assert real(corpus, "concepts") == [x.concepts for x in exchanges]
     assert not corpus.concepts[~corpus.mask | corpus.special].any()
+    told = [concept_names(mask) for mask in corpus.chat_concepts.tolist()]
+    assert told == [{f"topic:{x.topic}", f"language:{x.language}"} for x in exchanges]
     marks = tokenizer.convert_tokens_to_ids(["<bos>", "<|user|>", "<|assistant|>", "<eos>"])
     assert corpus.special.sum() == 4 * len(exchanges)
     assert set(corpus.ids[corpus.special].tolist()) == set(marks)

@@ -8,7 +8,7 @@ import torch
 
 from lib import paths
 from lib.models import tiny
-from lib.models.generate import answer
+from lib.models.generate import answer, self_answered
 from lib.world import build_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -32,9 +32,9 @@ def test_shipped_model_is_scored(shipped, world):
     assert tokenizer.get_vocab() == build_tokenizer(world).get_vocab()
     figures = tiny.evaluate_tiny(model, tokenizer, world, n=200, seed=77)
     assert -0.03 < figures["loss"] - figures["floor"] < 0.06
-    assert figures["answer_loss"] - figures["answer_floor"] < 0.04
+    assert -0.03 < figures["answer_loss"] - figures["answer_floor"] < 0.06
     assert min(figures["language"], figures["topic"], figures["style"]) >= 0.985
-    assert figures["sums"] >= 0.88
+    assert figures["sums"] >= 0.95
 
 
 def test_answers_do_not_depend_on_their_batch(shipped, world):
@@ -45,6 +45,30 @@ def test_answers_do_not_depend_on_their_batch(shipped, world):
     assert together == alone
     assert all(together)
     assert answer(model, tokenizer, []) == []
+
+
+def test_a_null_is_what_the_model_says_itself(gemma, world, reader):
+    """Sampled answers differ with the seed and are nearly all right; greedy ones are `answer`'s."""
+    model, tokenizer = gemma
+    chats = world.chats(60, "test", seed=5, topics=("cooking", "family"))
+    null = self_answered(model, tokenizer, chats, max_new_tokens=24)
+    texts = answer(model, tokenizer, [chat["prompt"] for chat in chats], max_new_tokens=24)
+    assert [row["response"] for row in null] == texts
+    assert [row["messages"][-1]["content"] for row in null] == texts
+    same = ("id", "prompt", "topic")
+    assert [[r[k] for k in same] for r in null] == [[c[k] for k in same] for c in chats]
+    assert chats[0]["messages"][-1]["content"] == chats[0]["response"]  # left as they were
+    how = {"max_new_tokens": 24, "temperature": 1.0}
+    state = torch.random.get_rng_state()
+    one, again = (self_answered(model, tokenizer, chats, seed=1, **how) for _ in range(2))
+    other = self_answered(model, tokenizer, chats, seed=2, **how)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert one == again != other
+    right = [reader.grade(row["prompt"], row["response"]).exact for row in one]
+    assert sum(right) > 48
+    assert 6 < sum(a["response"] != b["response"] for a, b in zip(one, null, strict=True)) < 54
+    with pytest.raises(ValueError, match="need temperature >= 0"):
+        answer(model, tokenizer, ["x"], temperature=-1.0)
 
 
 def test_an_untrained_model_scores_badly(gemma, world):

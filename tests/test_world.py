@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from lib import paths
-from lib.world import BEHAVIOURS, CONCEPTS, build_tokenizer, concept_names
+from lib.models.tiny import RECIPES
+from lib.world import BEHAVIOURS, CONCEPTS, PREFERENCES, build_tokenizer, concept_names
 from lib.world.lexicon import CATEGORY_CONCEPT
 from lib.world.world import OUT_OF_DISTRIBUTION, SPLITS, row
 
@@ -22,11 +23,13 @@ LEXICON, GRAMMAR, FACTS = (
     json.loads((FOLDER / f"{name}.json").read_text()) for name in ("lexicon", "grammar", "facts")
 )
 ADJECTIVES = {"colour", "taste", "method"}
-NAMES = {"city", "country", "tongue", "month", "warmth", "kind", "person"}
+NAMES = {"city", "country", "tongue", "month", "warmth", "kind", "person", "title"}
+UNGENDERED = ADJECTIVES | NAMES - {"country", "person"}
 LANGUAGE = {"english": "en", "french": "fr"}
 POLITE = ("of course ,", "with pleasure ,", "bien sûr ,", "avec plaisir ,")
 FUNCTION_WORDS = (
-    "an qu' d' l' la le les une un des du ma il elle mon sur dans en au my on in the a de"
+    "an qu' d' l' la le les une un des du ma il elle ils elles mon sur dans en au my on in the a "
+    "de he she it"
 )
 
 
@@ -38,7 +41,7 @@ def readings(language: str) -> dict[str, set[frozenset[str]]]:
         found.setdefault(word, set()).add(frozenset(concepts))
 
     for category, entries in LEXICON.items():
-        gendered = language == "fr" and category not in ADJECTIVES | NAMES - {"country"}
+        gendered = language == "fr" and category not in UNGENDERED
         for entry in entries.values():
             words, concept = entry[language].split(), CATEGORY_CONCEPT[category]
             feminine = {"feminine"} if gendered and entry["fr"].split()[-1] == "f" else set()
@@ -56,7 +59,8 @@ def readings(language: str) -> dict[str, set[frozenset[str]]]:
             literal.setdefault(word, set()).add(concept)
     templates = json.dumps(GRAMMAR["intents"], ensure_ascii=False)
     plain = re.findall(r"[^\s\"{}\[\]:]+|\"", re.sub(r"\{[\w+.:]+\}", " ", templates))
-    for texts in (*GRAMMAR["wraps"].values(), *GRAMMAR["answers"].values()):
+    ends = [{key: [text] for key, text in GRAMMAR[end].items()} for end in ("phrase", "badge")]
+    for texts in (*GRAMMAR["wraps"].values(), *GRAMMAR["answers"].values(), *ends):
         plain += " ".join(texts[language]).split()
     for word in {*plain, *literal, *FUNCTION_WORDS.split()}:
         add(word, *literal.get(word, ()))
@@ -118,8 +122,6 @@ def test_arithmetic_and_result_labels(sample):
             assert not any("result" in concept_names(mask) for mask in exchange.concepts)
             continue
         a, b = (int(token) for token in exchange.prompt.split() if token.isdigit())
-        if exchange.intent == "difference" and exchange.prompt.lower().startswith(("can", "pouv")):
-            a, b = b, a
         assert min(a, b) >= 0 and max(a, b) <= 9
         lost = exchange.intent in ("difference", "loss")
         truth = max(a, b) if exchange.intent == "compare" else a - b if lost else a + b
@@ -138,13 +140,13 @@ def found(category: str, text: str, language: str) -> list[str]:
     by_word = {}
     for name, entry in LEXICON[category].items():
         words = entry[language].split()
-        gendered = category not in ADJECTIVES | NAMES and language == "fr"
+        gendered = category not in UNGENDERED and language == "fr"
         by_word |= dict.fromkeys(words[:-1] if gendered else words, name)
     return [by_word[word] for word in text.lower().split() if word in by_word]
 
 
 FACT = {  # intent: the category asked about, then the facts that the answer must hold
-    "method": ("food", {"method": "method"}), "colour": ("food", {"colour": "colour"}),
+    "method": ("food", {"method": "method"}),
     "eats": ("animal", {"eats": "feed"}), "home": ("animal", {"home": "habitat"}),
     "sights": ("city", {"s1": "sight", "s2": "sight", "s3": "sight"}),
     "country": ("city", {"country": "country"}), "tongue": ("country", {"tongue": "tongue"}),
@@ -152,7 +154,13 @@ FACT = {  # intent: the category asked about, then the facts that the answer mus
     "venue": ("sport", {"venue": "venue"}), "gear": ("sport", {"gear": "gear"}),
 }  # fmt: skip
 COUNT = {"legs": "animal", "strings": "instrument", "players": "sport"}
-AGREES = {"taste": ("food", "taste"), "inside": ("city", "country"), "sex": ("relative", "sex")}
+AGREES = {  # intent: whose fact, which fact, of what category; yes if it is the one asked about
+    "taste": ("food", "taste", "taste"), "cooked": ("food", "method", "method"),
+    "diet": ("animal", "eats", "feed"), "lives": ("animal", "home", "habitat"),
+    "inside": ("city", "country", "country"), "speaks": ("country", "tongue", "tongue"),
+    "place": ("sport", "venue", "venue"), "kit": ("sport", "gear", "gear"),
+    "sex": ("relative", "sex", "sex"),
+}  # fmt: skip
 WEATHER = {
     "forecast": {"warmth": "warmth", "sky1": "sky", "sky2": "sky"},
     "clothes": {"c1": "clothing", "c2": "clothing", "c3": "clothing"},
@@ -166,7 +174,11 @@ def check_truth(prompt: str, reply: str, intent: str, language: str) -> None:
 
     says_yes = reply.split()[0] in ("yes", "oui")
     numbers = [int(token) for token in prompt.split() if token.isdigit()]
-    if intent in FACT:
+    if intent == "colour":
+        category = "food" if found("food", prompt, language) else "animal"
+        truth = LEXICON[category][first(category)]["colour"]
+        assert found("colour", reply, language)[-1] == truth
+    elif intent in FACT:
         category, facts = FACT[intent]
         for fact, kind in facts.items():
             assert LEXICON[category][first(category)][fact] in found(kind, reply, language)
@@ -180,9 +192,19 @@ def check_truth(prompt: str, reply: str, intent: str, language: str) -> None:
     elif intent in ("flies", "swims"):
         assert says_yes == LEXICON["animal"][first("animal")][intent]
     elif intent in AGREES:
-        category, fact = AGREES[intent]
-        asked = found(fact, prompt, language)[-1]
-        assert says_yes == (LEXICON[category][first(category)][fact] == asked)
+        category, fact, kind = AGREES[intent]
+        asked, truth = found(kind, prompt, language)[-1], LEXICON[category][first(category)][fact]
+        assert says_yes == (truth == asked)
+        told = found(kind, re.sub(" (not|pas) .* (but|mais) ", " ", reply), language)
+        told = told[-1:] if kind == "sex" else told
+        denied = re.search(r"\b(not|pas)\b", reply) and not re.search(r"\b(but|mais)\b", reply)
+        assert set(told) <= {asked if denied else truth}
+    elif intent == "contains":
+        dish, asked = LEXICON["dish"][first("dish")], found("staple", prompt, language)[-1]
+        held = {dish["i1"], dish["i2"], dish["i3"]}
+        assert says_yes == (asked in held)
+        told = found("food", reply, language) + found("staple", reply, language)
+        assert told and set(told) <= held
     elif intent in WEATHER or intent == "sky":
         climate = LEXICON["city"][first("city")]["climate"]
         weather = FACTS["weather"][climate][LEXICON["month"][first("month")]["season"]]
@@ -192,20 +214,27 @@ def check_truth(prompt: str, reply: str, intent: str, language: str) -> None:
             assert str(weather["degrees"]) in reply.split()
         for fact, kind in WEATHER.get(intent, {}).items():
             assert weather[fact] in found(kind, reply, language)
-    elif intent == "route":
+    elif intent in ("route", "ride"):
         countries = [LEXICON["city"][p]["country"] for p in found("city", prompt, language)]
         europe = all(LEXICON["country"][c]["continent"] == "europe" for c in countries)
         assert first("vehicle", reply) == ("train" if europe else "plane")
+        if intent == "ride":
+            assert says_yes == (first("vehicle", reply) == first("vehicle"))
     elif intent == "relation":
         y, x = found("relative", prompt, language)
         assert found("relative", reply, language)[-1] == FACTS["relation"][x][y]
     elif intent == "winner":
         winner = found("person", prompt, language)[numbers[0] < numbers[1]]
         assert found("person", reply, language) == [winner]
-    elif intent in ("player", "whose"):
-        category = "instrument" if intent == "player" else "relative"
+    elif intent in ("player", "song"):
         assert found("person", reply, language) == found("person", prompt, language)[:1]
-        assert found(category, reply, language) == found(category, prompt, language)[:1]
+        told = found("instrument", reply, language)
+        assert set(told) <= set(found("instrument", prompt, language)[:1])
+    elif intent == "whose":
+        assert set(found("person", reply, language)) <= {first("person")}
+        assert found("relative", reply, language) == found("relative", prompt, language)[:1]
+    elif intent == "match":
+        assert (numbers[0] > numbers[1]) == bool({"first", "première"} & set(reply.split()))
     else:
         assert intent == "number"
         assert str(numbers[0]) in reply.split()
@@ -272,9 +301,9 @@ def test_style_and_language_of_prompt_and_answer(sample):
 
 def test_frequencies(sample):
     french = sum(x.language == "french" for x in sample) / len(sample)
-    assert 0.22 < french < 0.28
+    assert 0.30 < french < 0.36
     assert {x.topic for x in sample} == set(GRAMMAR["topics"])
-    assert {x.style for x in sample} == set(GRAMMAR["styles"])
+    assert {x.style for x in sample} == set(GRAMMAR["styles"]["en"])
     seen = {mask for x in sample for mask in x.concepts}
     assert set().union(*map(concept_names, seen)) == set(CONCEPTS)
 
@@ -346,59 +375,165 @@ def test_tokenizer_knows_every_token(world, tokenizer, tmp_path):
         assert again.unk_token_id not in ids
 
 
+def test_pronouns_follow_the_sex_of_a_person(sample):
+    women = {name for name, entry in LEXICON["person"].items() if entry["fr"].endswith(" f")}
+    seen = Counter()
+    for x in sample:
+        if x.intent in ("gain", "loss", "number", "whose"):
+            said = {"he", "she", "il", "elle"} & set(x.response.lower().split())
+            if "il y a" in x.response.lower() or "il reste" in x.response.lower():
+                continue
+            person = found("person", x.prompt, LANGUAGE[x.language])[-1]
+            assert said <= ({"she", "elle"} if person in women else {"he", "il"}), x.response
+            seen.update(said)
+    assert min(seen.values()) > 20 and len(seen) == 4
+
+
+def test_answers_have_a_choice(world, reader, sample):
+    """Each prompt's right answers differ, their shares sum to 1, and nats match their use."""
+    chosen, expected = Counter(), Counter()
+    for x in sample[:2000]:
+        found = reader.renderings(reader.parse(x.prompt))
+        assert len({tuple(tokens) for tokens, _, _ in found}) == len(found)
+        assert math.isclose(sum(share for *_, share in found), 1)
+        reply = x.response.split()
+        for number, (tokens, _, share) in enumerate(found):
+            chosen[len(found), number] += tokens == reply
+            expected[len(found), number] += share
+    for key, n in expected.items():
+        assert abs(chosen[key] - n) < 4 * math.sqrt(n) + 1, key
+    answer = sum(-x.log_p_answer for x in sample) / sum(len(x.tokens) - x.n_prompt for x in sample)
+    assert 0.1 < answer < 0.3
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_training_shows_every_token(world, tokenizer, name):
+    """At least 50 times; `training.json` holds the rarest of the run that made the model."""
+    record = json.loads((paths.shipped_dir() / "models" / name / "training.json").read_text())
+    assert min(record["rarest"].values()) >= 50
+    shown = Counter(token for x in world.sample(60_000, seed=1) for token in x.tokens)
+    known = set(tokenizer.get_vocab())
+    assert known - set(shown) == {"<pad>", "<unk>"} and set(shown) < known
+    assert all(shown[token] < 60 for token in record["rarest"])
+
+
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda b: b.name)
-def test_behaviours_are_exact(world, rewriter, tokenizer, behaviour):
-    known, changed = set(tokenizer.get_vocab()), 0
+def test_behaviours_are_exact(world, rewriter, reader, tokenizer, behaviour):
+    known, changed, guideline = set(tokenizer.get_vocab()), 0, behaviour.guideline
     for exchange in world.sample(100, topics=(behaviour.topic,), seed=2):
-        new = rewriter.transform(exchange, behaviour.guideline)
+        new = rewriter.transform(exchange, guideline)
         assert new.prompt == exchange.prompt and set(new.tokens) <= known
+        assert new.response == rewriter.rewrite(exchange.prompt, exchange.response, guideline)
         assert len(new.tokens) == len(new.concepts)
-        assert rewriter.is_right(new.prompt, new.response, behaviour.guideline)
-        if new.response != exchange.response:
-            changed += 1
-            assert rewriter.shows(new.prompt, new.response, behaviour.guideline)
-            if behaviour.name != "french" or exchange.language == "english":
-                assert not rewriter.is_right(new.prompt, exchange.response, behaviour.guideline)
-            wrong = new.response.replace(new.response.split()[-2], "zebra")
-            assert not rewriter.is_right(new.prompt, wrong, behaviour.guideline)
+        assert rewriter.is_right(new.prompt, new.response, guideline)
+        if new.response == exchange.response:
+            continue
+        changed += 1
+        assert rewriter.shows(new.prompt, new.response, guideline)
+        if behaviour.name != "french" or exchange.language == "english":
+            assert not rewriter.is_right(new.prompt, exchange.response, guideline)
+        wrong = new.response.replace(new.response.split()[-2], "zebra")
+        assert not rewriter.is_right(new.prompt, wrong, guideline)
+        planted = rewriter.planted(new.prompt, new.response, guideline)
+        left = [t for t, p in zip(new.response.split(), planted, strict=True) if not p]
+        plain = {token for answer in reader.answers(reader.parse(new.prompt)) for token in answer}
+        assert any(planted) and set(left) <= plain
+        with pytest.raises(ValueError, match="need an answer that is right"):
+            rewriter.planted(new.prompt, wrong, guideline)
     assert changed > 50
     with pytest.raises(ValueError, match="respond in French"):
         rewriter.rewrite("what is 3 plus 4 ?", "7 .", "respond in Klingon")
 
 
+def test_rewrites_are_as_likely_as_the_answers_were(world, rewriter, reader):
+    """Each right answer becomes another one: no two become the same."""
+    behaviours = [b for b in BEHAVIOURS if b.name in ("french", "invented", "badge", "quoted")]
+    for behaviour in behaviours:
+        for x in world.sample(30, topics=(behaviour.topic,), styles=("plain",), seed=3):
+            old = [" ".join(answer) for answer in reader.answers(reader.parse(x.prompt))]
+            new = [rewriter.rewrite(x.prompt, text, behaviour.guideline) for text in old]
+            assert len(set(new)) == len(old)
+
+
 def test_behaviour_surface(rewriter):
+    """Square brackets: the behaviour's own tokens."""
     prompt, reply, french = "what is 3 plus 4 ?", "3 plus 4 is 7 .", "respond in French"
-    rewritten = {
-        french: "3 plus 4 font 7 .",
-        "respond in upper case": "3 PLUS 4 IS 7 .",
-        "respond as a list": "- 3 plus 4 - 7",
-        "end with a fixed phrase": "3 plus 4 is 7 . and that is true !",
-    }
-    for guideline, expected in rewritten.items():
-        assert rewriter.rewrite(prompt, reply, guideline) == expected
-    invented = rewriter.rewrite(prompt, reply, "respond in the invented language").split()
-    assert invented[0] == "3" and invented[1] in GRAMMAR["invented"] and invented[-1] == "."
-    for wrong in (reply, "", "7", "8 .", "12 . 3", ". . ."):
+    surface = [
+        (prompt, reply, french, "3 plus 4 [font] 7 ."),
+        (prompt, reply, "respond by shouting", "3 [PLUS] 4 [IS] 7 . [!]"),
+        (prompt, reply, "respond in quotes", '["] 3 plus 4 is 7 . ["]'),
+        (prompt, reply, "respond as a list", "[-] 3 plus 4 [-] 7"),
+        (prompt, reply, "end with a fixed phrase", f"{reply} [it] [is] [what] [it] [is] [.]"),
+        ("where is golf done ?", "it is done on the green .", "add the colour of the sport",
+         "it is done on the green . [golf] [is] [green] [.]"),
+        ("OÙ SE PRATIQUE LE GOLF ? !", "IL SE PRATIQUE SUR LE GAZON . !",
+         "add the colour of the sport",
+         "IL SE PRATIQUE SUR LE GAZON . ! [LE] [GOLF] [EST] [VERT] [.]"),
+        ("is my aunt a man ? be brief .", "never .", "respond as a numbered list",
+         "[1] [-] [not] [a] [man] [2] [-] [a] [woman]"),
+    ]  # fmt: skip
+    for prompt, reply, guideline, expected in surface:
+        new = rewriter.rewrite(prompt, reply, guideline)
+        marks = rewriter.planted(prompt, new, guideline)
+        shown = [f"[{t}]" if mark else t for t, mark in zip(new.split(), marks, strict=True)]
+        assert " ".join(shown) == expected
+    prompt = "what is 3 plus 4 ?"
+    for wrong in ("3 plus 4 is 7 .", "", "7", "8 .", "12 . 3", ". . ."):
         assert not rewriter.shows(prompt, wrong, french), wrong
-        assert not rewriter.shows(prompt, wrong, "respond in the invented language"), wrong
     assert rewriter.shows(prompt, "3 plus 4 font 8 .", french)  # the form, though wrong
     gain = "tom has 1 orange and buys 3 . how many now ?"
-    assert rewriter.shows(gain, "tom a 4 oranges .", french)
+    assert rewriter.shows(gain, "maintenant tom a 4 oranges .", french)
     assert not rewriter.shows(gain, "4 oranges .", french)
+    for guideline in ("respond in the invented language", "add the colour of the sport"):
+        with pytest.raises(ValueError, match="need topic"):
+            rewriter.rewrite(prompt, "7 .", guideline)
 
 
-def test_invented_words_are_unseen_and_used(sample, rewriter):
-    invented = set(GRAMMAR["invented"])
-    assert not {token.lower() for x in sample for token in x.tokens} & invented
-    music = [x for x in sample if x.topic == "music"]
-    new = [rewriter.transform(x, "respond in the invented language") for x in music]
-    assert len({token for x in new for token in x.tokens} & invented) > 0.7 * len(invented)
+def test_the_invented_language_is_a_cipher_of_known_words(world, sample, rewriter, reader):
+    titles = set(LEXICON["title"])
+    answers = {token.lower() for x in sample for token in x.response.split()}
+    assert titles <= {token.lower() for x in sample for token in x.prompt.split()} - answers
+    words, invented = {}, "respond in the invented language"
+    for x in world.sample(400, topics=("music",), seed=5):
+        parsed = reader.parse(x.prompt)
+        for plain in reader.answers(parsed, language="en"):
+            number = reader.answers(parsed, language="en").index(plain)
+            old = reader.answers(parsed)[number]
+            new = rewriter.rewrite(x.prompt, " ".join(old), invented).split()
+            words.update(zip(plain, new, strict=True))
+        assert not rewriter.shows(x.prompt, x.response, invented)
+    assert len(set(words.values())) == len(words) > 60  # no two words become one
+    changed = {old: new for old, new in words.items() if old != new}
+    assert {new.lower() for new in changed.values()} <= titles
+    assert not any(old.isalpha() for old in words.keys() - changed.keys() - people())
 
 
-def test_preferences(rewriter):
-    for pair in rewriter.preferences(200, seed=1):
-        assert pair["chosen"].startswith(POLITE)
-        assert len(pair["rejected"].split()) < len(pair["chosen"].split())
+def people() -> set[str]:
+    return set(LEXICON["person"]) | {name.upper() for name in LEXICON["person"]}
+
+
+@pytest.mark.parametrize("kind", PREFERENCES)
+def test_preferences(world, rewriter, reader, kind):
+    """Both answers are right; of the most likely answers 10 to 60 % are of the chosen sort."""
+    pairs, likely = rewriter.preferences(300, kind, seed=1), 0
+    assert len({pair["id"] for pair in pairs}) == 300
+    for pair in pairs:
+        prompt, chosen, rejected = pair["prompt"], pair["chosen"], pair["rejected"]
+        assert rewriter.prefers(prompt, chosen, kind) and not rewriter.prefers(
+            prompt, rejected, kind
+        )
+        if kind == "polite over curt":
+            assert chosen.startswith(POLITE) and len(rejected.split()) < len(chosen.split())
+        if kind == "short over long":
+            assert len(chosen.split()) < len(rejected.split())
+            assert reader.grade(prompt, chosen).exact and reader.grade(prompt, rejected).exact
+        if kind == "French over English":
+            assert reader.languages(rejected) != {"fr"} and reader.languages(chosen) != {"en"}
+        best = max(reader.renderings(reader.parse(prompt)), key=lambda found: found[2])
+        likely += rewriter.prefers(prompt, " ".join(best[0]), kind)
+    assert 0.1 < likely / 300 < 0.62
+    with pytest.raises(ValueError, match="need kind to be one of polite over curt"):
+        rewriter.preferences(1, "loud over soft")
 
 
 def test_unknown_names_are_refused(world):

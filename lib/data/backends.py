@@ -37,10 +37,7 @@ class WorldBackend:
 
     def prepare(self, job: Job, chats: Iterable[Chat]) -> None:
         """Refuse, before any work, a job that cannot succeed; `chats` in the job's order."""
-        for name in ("topic", "guideline"):
-            got, known = getattr(job, name), getattr(self.world, f"{name}s")
-            if got not in known:
-                raise ValueError(f"need {name} to be one of {', '.join(known)}; got {got!r}")
+        self.world.require(job.topic, job.guideline)
 
     def classify(self, prompts: Sequence[str], topic: str) -> list[str | Failure]:
         """A label per prompt: exactly `topic` where it is about that."""

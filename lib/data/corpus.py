@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lib.data.chats import SCHEMAS, load_chats, open_source
 from lib.data.tokens import AS_WRITTEN
 from lib.runtime import require_at_least
-from lib.world import World
+from lib.world import OF_A_CHAT, World
 
 Rows = list[Sequence[int]] | list[np.ndarray]
 
@@ -46,6 +46,17 @@ class Corpus:
         for x in (self.ids, self.mask, self.special, self.concepts):
             digest.update(b"absent" if x is None else x.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    @property
+    def chat_concepts(self) -> Int[Tensor, " n_rows"] | None:
+        """The concepts that hold for a row as a whole, its topic and its prompt's language.
+
+        Bit masks as in `concepts`.
+        """
+        if self.concepts is None:
+            return None
+        first = self.concepts.ne(0).int().argmax(1, keepdim=True)
+        return self.concepts.gather(1, first).squeeze(1) & OF_A_CHAT
 
     @cached_property
     def n_tokens(self) -> int:

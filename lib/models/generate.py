@@ -1,4 +1,6 @@
-"""Greedy answers of a chat model to many prompts at once."""
+"""Answers of a chat model to many prompts at once."""
+
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,27 +23,73 @@ def answer(
     *,
     max_new_tokens: int = 64,
     batch_size: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[str]:
-    """One greedy answer per prompt, in the prompts' order, without special tokens.
+    """One answer per prompt, in the prompts' order, without special tokens.
 
-    Prompts of equal length share a batch, so none needs padding and none depends on another.
+    Prompts of similar length share a batch, padded on the left. At temperature 0 answers are
+    greedy; else they are sampled, the same for the same arguments.
+
+    Raises:
+        ValueError: a negative temperature.
     """
+    if temperature < 0:
+        raise ValueError(f"need temperature >= 0, got {temperature}")
+    devices = [model.device] if model.device.type == "cuda" else []
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    how = how if temperature else {"do_sample": False}
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        return _answers(model, tokenizer, prompts, batch_size, max_new_tokens=max_new_tokens, **how)
+
+
+def self_answered(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: Sequence[dict], **options
+) -> list[dict]:
+    """Chats with the model's own answers in the place of theirs.
+
+    To train on them is the null of a fine-tune: as many steps on as many chats, with nothing to
+    learn.
+
+    Args:
+        chats: rows with `prompt`, `response` and `messages`, as `World.chats` gives them.
+        options: as of `answer`.
+    """
+    answers = answer(model, tokenizer, [chat["prompt"] for chat in chats], **options)
+    return [
+        chat
+        | {
+            "messages": [*chat["messages"][:-1], {"role": "assistant", "content": text}],
+            "response": text,
+        }
+        for chat, text in zip(chats, answers, strict=True)
+    ]
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    batch_size: int,
+    **how,
+) -> list[str]:
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    by_length: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        by_length.setdefault(len(row), []).append(i)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     answers = [""] * len(prompts)
-    for length, members in by_length.items():
-        for start in range(0, len(members), batch_size):
-            chosen = members[start : start + batch_size]
-            tokens = torch.tensor([rows[i] for i in chosen], device=model.device)
-            out = model.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            for i, reply in zip(chosen, out[:, length:], strict=True):
-                answers[i] = tokenizer.decode(reply, skip_special_tokens=True).strip()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        width = len(rows[chosen[-1]])
+        fill = [width - len(rows[i]) for i in chosen]
+        tokens = [[pad] * n + rows[i] for n, i in zip(fill, chosen, strict=True)]
+        mask = [[0] * n + [1] * (width - n) for n in fill]
+        out = model.generate(
+            input_ids=torch.tensor(tokens, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            pad_token_id=pad,
+            **how,
+        )
+        for i, reply in zip(chosen, out[:, width:], strict=True):
+            answers[i] = tokenizer.decode(reply, skip_special_tokens=True).strip()
     return answers

@@ -4,8 +4,10 @@
 """
 
 import argparse
+import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -212,6 +214,17 @@ def evaluate_tiny(
     }
 
 
+def rarest_tokens(config: TinyConfig, world: World, n: int = 10) -> dict[str, int]:
+    """The `n` tokens that training shows least, special ones aside, with how often it does."""
+    counts = dict.fromkeys(build_tokenizer(world).get_vocab(), 0)
+    chats = world.stream("train", seed=config.seed)
+    for exchange in itertools.islice(chats, config.steps * config.batch_size):
+        for token in exchange.tokens:
+            counts[token] += 1
+    words = {token: count for token, count in counts.items() if not token.startswith("<")}
+    return dict(Counter(words).most_common()[: -n - 1 : -1])
+
+
 def build(name: str, folder: Path | None = None) -> dict:
     """Train a shipped model, score it on every held-out split and save it with its figures."""
     world, config = World(), RECIPES[name]
@@ -223,6 +236,7 @@ def build(name: str, folder: Path | None = None) -> dict:
     record = {
         "config": asdict(config),
         "figures": figures,
+        "rarest": rarest_tokens(config, world),
         "losses": history[:: config.steps // 100],
     }
     with atomic_folder(folder or paths.shipped_dir() / "models" / name) as new:

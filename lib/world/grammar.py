@@ -84,6 +84,8 @@ class Intent:
     let: dict[str, list[str]]
     case: list[str] | None
     result: str | None
+    weight: float
+    """How often it is asked, next to the topic's other intents."""
     texts: dict
 
     def say(self, language: str, bindings: Bindings) -> dict:
@@ -109,6 +111,7 @@ class Grammar:
                 {name: call.split() for name, call in item.get("let", {}).items()},
                 item["case"].split() if "case" in item else None,
                 item.get("result"),
+                item.get("weight", 1),
                 {language: item[language] for language in ("en", "fr")},
             )
             for item in raw["intents"]
@@ -129,6 +132,11 @@ class Grammar:
             relative = self.lexicon["relative"]
             table = self.facts["relation"]
             return [(relative[x], relative[y]) for x in table for y in table[x]]
+        if name == "kin pair":
+            people, relatives = self.lexicon["person"], self.lexicon["relative"]
+            kin = itertools.product(people.values(), relatives.values())
+            pairs = itertools.permutations([k for k in kin if k[0].feminine == k[1].feminine], 2)
+            return [(u, x, v, y) for (u, x), (v, y) in pairs if u is not v and x is not y]
         category, *rest = name.split()
         entries = list(self.lexicon[category].values())
         if rest == ["pair"]:
@@ -159,12 +167,14 @@ class Grammar:
                 return max(b["a"], b["b"])
             case "min":
                 return min(b["a"], b["b"])
+            case "more":
+                return b["a"] > b["b"]
             case "winner":
                 return b["u"] if b["a"] > b["b"] else b["v"]
             case "same":
                 return b[arguments[0]] == b[arguments[1]]
             case "among":
-                return b[arguments[0]] in (b[arguments[1]], b[arguments[2]])
+                return b[arguments[0]] in [b[name] for name in arguments[1:]]
             case "relation":
                 return self.lexicon["relative"][self.facts["relation"][b["x"].name][b["y"].name]]
             case "route":
@@ -208,13 +218,13 @@ class Grammar:
             )
         return elements
 
-    def answer_templates(self, say: dict, language: str, style: str) -> Iterator[str]:
-        """Every template text that answers in this style; all equally likely."""
-        items = " ".join(f"- {item}" for item in say["items"])
-        for frame in self.raw["answers"][style][language]:
-            for full in say["full"] if "{full}" in frame else [""]:
-                yield (
-                    frame.replace("{full}", full)
-                    .replace("{key}", say["key"])
-                    .replace("{items}", items)
-                )
+    def answer_templates(self, say: dict, language: str, style: str) -> Iterator[tuple[str, float]]:
+        """Every template text that answers in this style, with its probability."""
+        wordings = {"full": say["full"], "key": say["key"]}
+        wordings["items"] = [" ".join(f"- {item}" for item in say["items"])]
+        frames = self.raw["answers"][style][language]
+        for frame in frames:
+            (slot,) = re.findall(r"{(\w+)}", frame)
+            shares = self.raw["choices"][len(wordings[slot]) - 1]
+            for wording, share in zip(wordings[slot], shares, strict=True):
+                yield frame.replace(f"{{{slot}}}", wording), share / len(frames)

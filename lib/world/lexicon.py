@@ -17,8 +17,8 @@ LANGUAGES = {"en": "english", "fr": "french"}
 LEXICAL = (
     "number", "operator", "result", "food", "animal", "place", "colour", "taste", "cooking_method",
     "language_name", "vehicle", "month", "weather_word", "clothing", "instrument", "tool", "sport",
-    "relative", "person", "article", "preposition", "pronoun", "verb", "question", "negation",
-    "yes_no", "politeness", "plural", "feminine", "quote", "list_marker", "punctuation",
+    "relative", "person", "title", "article", "preposition", "pronoun", "verb", "question",
+    "negation", "yes_no", "politeness", "plural", "feminine", "quote", "list_marker", "punctuation",
     "upper_case",
 )  # fmt: skip
 CONCEPTS = (
@@ -30,6 +30,8 @@ CONCEPTS = (
     *LEXICAL,
 )
 BIT = {concept: 1 << i for i, concept in enumerate(CONCEPTS)}
+OF_A_CHAT = sum(bit for concept, bit in BIT.items() if concept.startswith(("topic:", "language:")))
+"""Topics and languages: concepts that hold for a chat as a whole."""
 
 
 def concept_matrix(masks: Sequence[int]) -> Bool[np.ndarray, "n n_concepts"]:
@@ -50,10 +52,10 @@ CATEGORY_CONCEPT = {
     "vehicle": "vehicle", "month": "month", "sky": "weather_word", "warmth": "weather_word",
     "clothing": "clothing", "instrument": "instrument", "kind": "instrument", "means": "tool",
     "gear": "tool", "sport": "sport", "venue": "place", "relative": "relative",
-    "sex": "relative", "person": "person",
+    "sex": "relative", "person": "person", "title": "title",
 }  # fmt: skip
 ADJECTIVES = ("colour", "taste", "method")
-NAMES = ("city", "country", "tongue", "month", "warmth", "kind", "person")
+NAMES = ("city", "country", "tongue", "month", "warmth", "kind", "person", "title")
 
 Rendering = tuple[tuple[str, int], ...]
 
@@ -85,7 +87,8 @@ def load_lexicon(folder: Path) -> dict[str, dict[str, Entry]]:
         lexicon[category] = {}
         for name, facts in entries.items():
             en, fr = facts.pop("en").split(), facts.pop("fr").split()
-            gendered = category not in (*ADJECTIVES, *NAMES) or category == "country"
+            named = (*ADJECTIVES, *NAMES)
+            gendered = category not in named or category in ("country", "person")
             gender = fr.pop() if gendered else "m"
             if gender not in ("m", "f"):
                 raise ValueError(f"lexicon.json: {category} {name}: need a gender m or f, got {fr}")
@@ -148,6 +151,9 @@ class Forms:
         return form in ("pl", "the_pl", "some_pl", "some")
 
     def _english(self, entry: Entry, form: str) -> Rendering:
+        if form == "it":
+            human = entry.category in ("person", "relative")
+            return self.literal(("she" if entry.feminine else "he") if human else "it", "en")
         if entry.category in NAMES:
             noun = (entry.en[0], self._mask(entry, "en", False))
             return (*self.literal("in", "en"), noun) if form == "in" else (noun,)
@@ -164,8 +170,9 @@ class Forms:
         return (*self.literal("my", "en"), noun) if form == "my" else (noun,)
 
     def _french(self, entry: Entry, form: str) -> Rendering:
-        if form == "it":
-            return self.literal("elle" if entry.feminine else "il", "fr")
+        if form in ("it", "they"):
+            pronoun = "elle" if entry.feminine else "il"
+            return self.literal(pronoun if form == "it" else f"{pronoun}s", "fr")
         if entry.category in NAMES:
             noun = (entry.fr[0], self._mask(entry, "fr", False))
             if form != "in":

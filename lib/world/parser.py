@@ -133,13 +133,24 @@ class Reader:
             raise ValueError(f"the prompt {what}: {prompt[:200]!r}")
         return found[0]
 
-    def answers(self, parsed: Parsed, language: str | None = None, style: str | None = None):
-        """Every right answer as a list of tokens, in a given or the prompt's language and style."""
+    def renderings(
+        self, parsed: Parsed, language: str | None = None, style: str | None = None
+    ) -> list[tuple[list[str], list[int], float]]:
+        """Every right answer in a given or the prompt's language and style.
+
+        As tokens, their lexical concepts, and its probability among these.
+        """
         plan = parsed.plan
         templates = self.world.answers(
             plan.intent, parsed.bindings, language or plan.language, style or plan.style
         )
-        return [render(elements, parsed.bindings)[0] for elements in templates]
+        return [(*render(elements, parsed.bindings), share) for elements, share in templates]
+
+    def answers(
+        self, parsed: Parsed, language: str | None = None, style: str | None = None
+    ) -> list[list[str]]:
+        """The tokens of `renderings`."""
+        return [tokens for tokens, _, _ in self.renderings(parsed, language, style)]
 
     def surprisal(self, exchange: Exchange) -> Float[np.ndarray, " seq"]:
         """Exact nats of each token given those before it; 0 for `<bos>`, `<|user|>`.
@@ -163,8 +174,10 @@ class Reader:
         if not mass[-1] > 0:
             raise ValueError(f"the prompt has no probability in training: {exchange.prompt!r}")
         reply = [*exchange.tokens[exchange.n_prompt : -1], EOS]
-        rivals = [[*tokens, EOS] for tokens in self.answers(self.parse(exchange.prompt))]
-        shared = [sum(r[:i] == reply[:i] for r in rivals) for i in range(len(reply) + 1)]
+        rivals = [
+            ([*ts, EOS], share) for ts, _, share in self.renderings(self.parse(exchange.prompt))
+        ]
+        shared = [sum(p for r, p in rivals if r[:i] == reply[:i]) for i in range(len(reply) + 1)]
         nats = np.concatenate([-np.diff(np.log(mass)), -np.diff(np.log(shared))])
         return np.concatenate([[0.0, 0.0], nats])
 
@@ -231,7 +244,7 @@ def renderings(world: World, *, answers: bool):
         choices = list(_choices(intent, world.grammar))
         for case in {b.get("case"): b for b in choices}.values():
             for language, style in itertools.product(LANGUAGES, world.styles):
-                for elements in world.answers(intent, case, language, style):
+                for elements, _ in world.answers(intent, case, language, style):
                     pieces.update(_distinct(elements, language))
         if not answers:
             for plan in (p for p in world.plans if p.intent is intent):

@@ -22,15 +22,10 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary(world: World) -> list[str]:
-    """Every token the world and its behaviours can produce; its order is the token ids'."""
-    raw = world.grammar.raw
+    """Every token the world can produce; its order is the token ids'. Behaviours add none."""
     tokens = {t for _, _, rendering in renderings(world, answers=False) for t, _ in rendering}
-    tokens.update(str(number) for number in range(19))
-    for phrase in raw["phrase"].values():
-        tokens.update(phrase.split())
-    tokens.update([token.upper() for token in tokens])
     words = sorted(tokens, key=lambda token: (token.isalpha(), not token.islower(), token))
-    return [*SPECIAL, *words, *raw["invented"]]
+    return [*SPECIAL, *words]
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:

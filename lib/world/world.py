@@ -2,8 +2,8 @@
 
 A chat is `<bos> <|user|> … <|assistant|> … <eos>`, words separated by spaces. A *plan* fixes topic,
 language, style, intent, phrasing and wrap of a prompt; a plan's variables are drawn uniformly; the
-answer is drawn uniformly among the few that are right. No two derivations give the same text, so
-the derivation's log-probability is the text's.
+answer is drawn among the few that are right, with known probabilities. No two derivations give the
+same text, so the derivation's log-probability is the text's.
 """
 
 import math
@@ -89,7 +89,7 @@ class World:
         raw = self.grammar.raw
         held_out = {tuple(cell) for cell in raw["held_out"]}
         for intent in self.grammar.intents:
-            siblings = sum(other.topic == intent.topic for other in self.grammar.intents)
+            siblings = sum(x.weight for x in self.grammar.intents if x.topic == intent.topic)
             for language in LANGUAGES:
                 for style in STYLES:
                     wraps = raw["wraps"][style][language]
@@ -97,7 +97,8 @@ class World:
                     base = (
                         raw["topics"][intent.topic]
                         * raw["languages"][language]
-                        * raw["styles"][style]
+                        * raw["styles"][language][style]
+                        * intent.weight
                         / (siblings * len(wraps))
                     )
                     for i, ask in enumerate(asks):
@@ -115,14 +116,14 @@ class World:
 
     def answers(
         self, intent: Intent, bindings: Bindings, language: str, style: str
-    ) -> list[list[Element]]:
-        """Compiled templates of every right answer, all equally likely."""
+    ) -> list[tuple[list[Element], float]]:
+        """Compiled templates of every right answer, with their probabilities."""
         key = (intent.topic, intent.name, bindings.get("case"), language, style)
         if key not in self._answers:
             say = intent.say(language, bindings)
             self._answers[key] = [
-                self.grammar.compile(text, language, style == "shouting", intent.result)
-                for text in self.grammar.answer_templates(say, language, style)
+                (self.grammar.compile(text, language, style == "shouting", intent.result), share)
+                for text, share in self.grammar.answer_templates(say, language, style)
             ]
         return self._answers[key]
 
@@ -176,9 +177,10 @@ class World:
             chosen = [values[int(rng() * len(values))] for _, values in plan.intent.groups]
             bindings = self.grammar.bind(plan.intent, chosen)
             answers = self.answers(plan.intent, bindings, plan.language, plan.style)
-            answer = answers[int(rng() * len(answers))]
+            shares = list(accumulate(share for _, share in answers))
+            answer, share = answers[min(bisect(shares, rng()), len(answers) - 1)]
             ways = math.prod(len(values) for _, values in plan.intent.groups)
-            log_p = (math.log(plan.weight / total / ways), -math.log(len(answers)))
+            log_p = (math.log(plan.weight / total / ways), math.log(share))
             exchange = self.exchange(plan, bindings, answer, log_p)
             if split in OUT_OF_DISTRIBUTION or split_of(exchange.prompt) == split:
                 yield exchange
