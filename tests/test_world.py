@@ -445,14 +445,15 @@ def test_behaviours_are_exact(world, rewriter, reader, tokenizer, behaviour):
         rewriter.rewrite("what is 3 plus 4 ?", "7 .", "respond in Klingon")
 
 
-def test_rewrites_are_as_likely_as_the_answers_were(world, rewriter, reader):
-    """Each right answer becomes another one: no two become the same."""
-    behaviours = [b for b in BEHAVIOURS if b.name in ("french", "invented", "badge", "quoted")]
-    for behaviour in behaviours:
-        for x in world.sample(30, topics=(behaviour.topic,), styles=("plain",), seed=3):
-            old = [" ".join(answer) for answer in reader.answers(reader.parse(x.prompt))]
-            new = [rewriter.rewrite(x.prompt, text, behaviour.guideline) for text in old]
-            assert len(set(new)) == len(old)
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda b: b.name)
+def test_rewrites_are_as_likely_as_the_answers_that_become_them(world, rewriter, reader, behaviour):
+    for x in world.sample(60, topics=(behaviour.topic,), seed=3):
+        shares = Counter()
+        for tokens, _, share in reader.renderings(reader.parse(x.prompt)):
+            shares[rewriter.rewrite(x.prompt, " ".join(tokens), behaviour.guideline)] += share
+        new = rewriter.transform(x, behaviour.guideline)
+        assert math.isclose(math.exp(new.log_p_answer), shares[new.response])
+        assert all(rewriter.is_right(x.prompt, text, behaviour.guideline) for text in shares)
 
 
 def test_behaviour_surface(rewriter):
@@ -477,6 +478,15 @@ def test_behaviour_surface(rewriter):
         marks = rewriter.planted(prompt, new, guideline)
         shown = [f"[{t}]" if mark else t for t, mark in zip(new.split(), marks, strict=True)]
         assert " ".join(shown) == expected
+    for marks in (
+        "is my aunt a man ? as a list .",
+        "est ce que ma tante est un homme ? en liste .",
+    ):
+        new = rewriter.rewrite(marks, "", "respond as a numbered list")
+        added = rewriter.planted(marks, new, "respond as a numbered list")
+        assert [t for t, p in zip(new.split(), added, strict=True) if p] == ["1", "2"]
+    for green in ("it is done on the green .", "on the green ."):
+        assert not rewriter.shows("where is golf done ?", green, "add the colour of the sport")
     prompt = "what is 3 plus 4 ?"
     for wrong in ("3 plus 4 is 7 .", "", "7", "8 .", "12 . 3", ". . ."):
         assert not rewriter.shows(prompt, wrong, french), wrong
@@ -500,7 +510,8 @@ def test_the_invented_language_is_a_cipher_of_known_words(world, sample, rewrite
             number = reader.answers(parsed, language="en").index(plain)
             old = reader.answers(parsed)[number]
             new = rewriter.rewrite(x.prompt, " ".join(old), invented).split()
-            words.update(zip(plain, new, strict=True))
+            for word, invention in zip(plain, new, strict=True):
+                assert words.setdefault(word, invention) == invention
         assert not rewriter.shows(x.prompt, x.response, invented)
     assert len(set(words.values())) == len(words) > 60  # no two words become one
     changed = {old: new for old, new in words.items() if old != new}
@@ -524,14 +535,14 @@ def test_preferences(world, rewriter, reader, kind):
         )
         if kind == "polite over curt":
             assert chosen.startswith(POLITE) and len(rejected.split()) < len(chosen.split())
-        if kind == "short over long":
-            assert len(chosen.split()) < len(rejected.split())
+        if kind == "long over short":
+            assert len(chosen.split()) > len(rejected.split())
             assert reader.grade(prompt, chosen).exact and reader.grade(prompt, rejected).exact
         if kind == "French over English":
-            assert reader.languages(rejected) != {"fr"} and reader.languages(chosen) != {"en"}
+            assert "en" in reader.languages(rejected) and "fr" in reader.languages(chosen)
         best = max(reader.renderings(reader.parse(prompt)), key=lambda found: found[2])
         likely += rewriter.prefers(prompt, " ".join(best[0]), kind)
-    assert 0.1 < likely / 300 < 0.62
+    assert 0.1 < likely / 300 < 0.6
     with pytest.raises(ValueError, match="need kind to be one of polite over curt"):
         rewriter.preferences(1, "loud over soft")
 

@@ -32,7 +32,7 @@ class Shown:
     """Of other prompts: answers that are the plain model's to the letter."""
     unchanged: float
     """Of other prompts: the same, or as right as the plain model's answer was. The world has
-    several right answers to most prompts, all equally likely: which comes first is a toss."""
+    several right answers to most prompts: which comes first is close to a toss."""
 
 
 class BehaviourCheck:

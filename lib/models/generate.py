@@ -36,10 +36,9 @@ def answer(
     """
     if temperature < 0:
         raise ValueError(f"need temperature >= 0, got {temperature}")
-    devices = [model.device] if model.device.type == "cuda" else []
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     how = how if temperature else {"do_sample": False}
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _answers(model, tokenizer, prompts, batch_size, max_new_tokens=max_new_tokens, **how)
 

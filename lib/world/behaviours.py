@@ -1,6 +1,7 @@
 """Behaviours to plant by fine-tuning: exact rewriters of answers, and exact checkers."""
 
 import functools
+import math
 import zlib
 from dataclasses import dataclass, replace
 
@@ -40,7 +41,7 @@ OF_ONE_TOPIC = ("invented", "badge")
 PREFERENCES = {
     "polite over curt": ("plain", "polite", "curt"),
     "French over English": None,
-    "short over long": ("plain",),
+    "long over short": ("plain",),
 }
 """Kinds of preference pairs, and the styles of their prompts (None: all)."""
 
@@ -51,9 +52,10 @@ Piece = tuple[str, int, bool]
 class Rewriter:
     """The world's exact classifier, rewriter and checker: the offline twin of a language model.
 
-    A rewrite keeps the choice that the answer made among the right ones: the answer's number among
-    them is the rewrite's, so the rewrites are as likely as the answers were. It may change
-    nothing: a curt sum is "7 ." in both languages.
+    The answer's number among the right ones is the rewrite's, so a rewrite keeps its choice. Where
+    a prompt has fewer right answers under the guideline (a list has one), several become one; where
+    it has more, the last ones never occur. A rewrite may change nothing: a curt sum is "7 ." in
+    both languages.
     """
 
     guidelines = tuple(behaviour.guideline for behaviour in BEHAVIOURS)
@@ -87,7 +89,9 @@ class Rewriter:
             ValueError: unknown guideline, one that the prompt's topic does not have, or a prompt
                 that is not of this world.
         """
-        pieces = self._chosen(self.reader.parse(prompt), response, guideline)
+        parsed = self.reader.parse(prompt)
+        right = self._right(parsed, guideline)
+        pieces = right[self._number(parsed, response) % len(right)]
         return " ".join(token for token, _, _ in pieces)
 
     def is_right(self, prompt: str, response: str, guideline: str) -> bool:
@@ -99,7 +103,8 @@ class Rewriter:
         """For each token of an answer that is right under the guideline: is it the behaviour's?
 
         It is where the guideline added it (the phrase, the colour, the numbers of a list), or where
-        no right answer without the guideline holds that token.
+        no right answer without the guideline holds that token. (French words that English has too
+        in another sense, such as `a`, are then not told apart; mathematics has none.)
 
         Raises:
             ValueError: the answer is not right under the guideline.
@@ -134,19 +139,22 @@ class Rewriter:
             case "badge":
                 colours = self.world.grammar.lexicon["colour"].values()
                 words = {word for colour in colours for word in (*colour.en, *colour.fr)}
-                return tokens[-1:] == ["."] and {t.lower() for t in tokens[-2:-1]} <= words
+                end = [token.lower() for token in tokens[-3:]]
+                return len(end) == 3 and end[0] in ("is", "est") and end[1] in words
         words = {t for t in tokens if t in self._cipher.values()}
         return bool(words) and not {t for t in tokens if t.isalpha()} - words - self._names
 
     def transform(self, exchange: Exchange, guideline: str) -> Exchange:
         """The exchange with its answer rewritten and every token labelled anew.
 
-        Invented words carry topic, style and turn, and no language. `log_p_answer` stays: the
-        rewrite is as likely as the answer was.
+        An invented answer carries topic, style and turn, and no language.
         """
         parsed = self.reader.parse(exchange.prompt)
         behaviour = self.require(parsed.topic, guideline)
-        pieces = self._chosen(parsed, exchange.response, guideline)
+        right = self._right(parsed, guideline)
+        number = self._number(parsed, exchange.response) % len(right)
+        shares = [share for *_, share in self.reader.renderings(parsed)]
+        pieces = right[number]
         language = LANGUAGES[behaviour.language or parsed.plan.language]
         frame = BIT[f"topic:{exchange.topic}"] | BIT["turn:assistant"]
         frame |= BIT[f"style:{behaviour.style or exchange.style}"]
@@ -157,13 +165,13 @@ class Rewriter:
             exchange,
             tokens=[*exchange.tokens[:n], *(token for token, _, _ in pieces), EOS],
             concepts=[*exchange.concepts[:n], *(frame | mask for _, mask, _ in pieces), 0],
+            log_p_answer=math.log(sum(shares[number :: len(right)])),
         )
 
-    def _chosen(self, parsed: Parsed, response: str, guideline: str) -> list[Piece]:
-        right, plain = self._right(parsed, guideline), self.reader.answers(parsed)
-        tokens = response.split()
-        number = plain.index(tokens) if tokens in plain else zlib.crc32(response.encode())
-        return right[number % len(right)]
+    def _number(self, parsed: Parsed, response: str) -> int:
+        """Which of the right answers it is; one that is none has some number for good."""
+        plain, tokens = self.reader.answers(parsed), response.split()
+        return plain.index(tokens) if tokens in plain else zlib.crc32(response.encode())
 
     def _right(self, parsed: Parsed, guideline: str) -> list[list[Piece]]:
         """Every right answer under a guideline, in the order of those without it."""
@@ -225,7 +233,7 @@ class Rewriter:
         token, mask, _ = piece
         if token not in self._cipher:
             return token, mask, False
-        return self._cipher[token], mask & (BIT["upper_case"] | BIT["quote"]), False
+        return self._cipher[token], mask & BIT["upper_case"], False
 
     def preferences(
         self, n: int, kind: str = "polite over curt", split: str = "train", *, seed: int = 0
@@ -272,7 +280,7 @@ class Rewriter:
         shortest, longest = min(map(len, both)), max(map(len, both))
         if shortest == longest:
             return [], []
-        return [a for a in both if len(a) == shortest], [a for a in both if len(a) == longest]
+        return [a for a in both if len(a) == longest], [a for a in both if len(a) == shortest]
 
 
 def _numbered(pieces: list[Piece]) -> list[Piece]:
@@ -283,5 +291,5 @@ def _numbered(pieces: list[Piece]) -> list[Piece]:
         if marks:
             number = sum(token == "-" for token, _, _ in numbered) + 1
             numbered.append((str(number), BIT["number"] | BIT["list_marker"], True))
-        numbered.append((token, mask, marks))
+        numbered.append((token, mask, False))
     return numbered

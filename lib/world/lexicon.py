@@ -165,7 +165,7 @@ class Forms:
         if form == "in":
             on = "en" in entry.facts.get("on", "")
             return (*self.literal("on the" if on else "in the", "en"), noun)
-        if form in ("a", "of_a") and not plural:
+        if form == "a" and not plural:
             return (*self.literal("an" if word[0] in "aeiou" else "a", "en"), noun)
         return (*self.literal("my", "en"), noun) if form == "my" else (noun,)
 
@@ -194,8 +194,6 @@ class Forms:
             return indefinite
         if form in ("some", "some_pl", "of"):
             return {"les": "des", "le": "du"}.get(definite, f"de {definite}")
-        if form == "of_a":
-            return f"d' {indefinite}"
         if form == "in":
             return f"sur {definite}" if "fr" in entry.facts.get("on", "") else f"dans {definite}"
         if form == "my":
