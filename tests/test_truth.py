@@ -272,7 +272,7 @@ def test_scores_refuse():
         baselines(torch.full((N, 2), float("nan")), labels, rows, names(2))
     with pytest.raises(ValueError, match="need latents of at least 0, got -0.5"):
         scored(x - 0.5, labels)
-    with pytest.raises(ValueError, match="a name for each of 2 concepts, got 3000 rows and 51"):
+    with pytest.raises(ValueError, match="a name for each of 2 concepts, got 3000 rows and 52"):
         score_sparse(SparseActs.of(x), labels, rows)
 
 
