@@ -164,16 +164,18 @@ def test_the_browser_in_jupyterlab(server, folder, page, tmp_path, gemma, shippe
     prompt = "how many strings does a banjo have ?"
     page.locator(".fb-prompt textarea").fill(prompt)
     page.locator(".fb-run").click()
-    expect(reply).to_contain_text("the banjo has 5 strings .")
+    (plain,) = answer(*gemma, [prompt])
+    assert "5 strings" in plain
+    expect(reply).to_contain_text(plain)
     answers = {}
     for factor in (-5.0, 10.0):
         with DictionarySource(gemma[0], shipped_sae).edited({latent: scale(factor)}):
             (answers[factor],) = answer(*gemma, [prompt])
-    assert len({"the banjo has 5 strings .", *answers.values()}) == 3
+    assert len({plain, *answers.values()}) == 3
     for share, factor in ((0.0, -5.0), (1.0, 10.0)):
         lab.click_slider(page.locator(".fb-slider"), share)
         expect(reply).to_contain_text(answers[factor])
-        expect(reply).to_contain_text("the banjo has 5 strings .")
+        expect(reply).to_contain_text(plain)
 
     page.locator(".fb").evaluate("browser => browser.scrollIntoView()")
     picture = paths.figures_dir() / "01_browser.png"
