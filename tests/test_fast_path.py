@@ -233,6 +233,7 @@ CASES = {
     "matryoshka": (recipes.matryoshka(k=3), {}),
     "jumprelu": (SPARSE["jumprelu"], {}),
     "crosscoder": (recipes.batchtopk(k=3), {"site_dims": (10, 6)}),
+    "dfc": (recipes.batchtopk(k=3), {"site_dims": (10, 6), "exclusive": (3, 3)}),
     "tied": (recipes.topk(k=3), {"tied": True}),
     "transcoder": (recipes.batchtopk(k=3), {"site_dims": (8,), "out_dims": (8,)}),
 }

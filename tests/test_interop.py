@@ -536,3 +536,63 @@ def test_places_that_cannot_be(hub, repo_id, subfolder):
     with pytest.raises(ValueError, match="need (repo_id|subfolder)"):
         interop.from_hub(repo_id, subfolder)
     assert not hub.exists()
+
+
+NORMS = {
+    1: ("crosscoder", lambda sites: sites.sum(0)),
+    2: ("decoder", lambda sites: sites.norm(dim=0)),
+    3: ("mixed", lambda sites: sites.norm(dim=0) + 0.1 * sites.sum(0)),
+    4: ("none", torch.ones_like),
+    5: ("decoupled", lambda sites: sites),
+}
+
+
+@pytest.mark.parametrize("layout", ["ae.pt", "model.safetensors"])
+@pytest.mark.parametrize("number", [0, *NORMS])
+def test_public_crosscoders(number, layout, tmp_path):
+    """Against their arithmetic in float64; 0: a `CrossCoder`, which has no threshold."""
+    name, norm = NORMS[number or 1]
+    generator = torch.Generator().manual_seed(number)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    state = {"encoder.weight": draw(2, 6, 20), "encoder.bias": draw(20)}
+    state |= {"decoder.weight": draw(2, 20, 6), "decoder.bias": draw(2, 6)}
+    state["code_normalization_id"] = torch.tensor(number or 1)
+    bound = torch.tensor([9.0, 7.0] if number == 5 else 8.0)
+    if number:
+        state |= {"k": torch.tensor(5, dtype=torch.int), "threshold": bound}
+    (save_file if layout == "model.safetensors" else torch.save)(state, tmp_path / layout)
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"lm_name": "a-b"}}))
+    ours = interop.from_crosscoder(tmp_path)
+    assert (ours.config.code_norm, ours.config.model_name) == (name, "a-b")
+
+    x, W = draw(50, 2, 6).double(), {key: value.double() for key, value in state.items()}
+    pre = (torch.einsum("bla,lad->bd", x, W["encoder.weight"]) + W["encoder.bias"]).relu()
+    scores = pre[:, None] * norm(W["decoder.weight"].norm(dim=2)).reshape(-1, 20)[-2:]
+    kept = scores > bound.reshape(-1, 1) if number else scores > 0
+    acts = pre[:, None] * kept
+    acts = acts if acts.shape[1] == 2 else acts.repeat(1, 2, 1)
+    right = torch.einsum("bld,lda->bla", acts, W["decoder.weight"]) + W["decoder.bias"]
+    found = ours(x.float().flatten(1)).double()
+    torch.testing.assert_close(found, right.flatten(1), atol=1e-5, rtol=1e-5)
+    found_acts = ours.encode(x.float().flatten(1)).double()
+    torch.testing.assert_close(found_acts, acts.amax(1), atol=1e-5, rtol=1e-5)
+    again = Dictionary.load(ours.save(tmp_path / "again"))
+    torch.testing.assert_close(again(x.float().flatten(1)).double(), found, atol=1e-5, rtol=1e-5)
+
+
+def test_crosscoders_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="ae.pt"):
+        interop.from_crosscoder(tmp_path)
+    state = {"encoder.weight": torch.ones(2, 6, 20), "encoder.bias": torch.ones(20)}
+    state |= {"decoder.weight": torch.ones(2, 20, 6), "decoder.bias": torch.ones(2, 6)}
+    torch.save(state, tmp_path / "ae.pt")
+    with pytest.raises(ValueError, match="names no code norm"):
+        interop.from_crosscoder(tmp_path)
+    assert interop.from_crosscoder(tmp_path, code_norm="crosscoder").d_sae == 20
+    for extra in ({"activation_normalizer.mean": torch.ones(6)}, {"decoder.bias": torch.ones(6)}):
+        torch.save(state | extra, tmp_path / "ae.pt")
+        with pytest.raises(ValueError, match="need a crosscoder's"):
+            interop.from_crosscoder(tmp_path, code_norm="crosscoder")

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lib.activations.moments import KINDS
-from lib.dictionaries.rules import Rule, rule_from_json, rule_to_json
+from lib.dictionaries.rules import BatchTopK, Rule, rule_from_json, rule_to_json
 from lib.runtime import require_at_least
 
-CODE_NORMS = ("decoder", "crosscoder", "none")
+CODE_NORMS = ("decoder", "crosscoder", "mixed", "decoupled", "none")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -37,7 +37,16 @@ class DictionaryConfig:
     """Subtract `b_dec` from the input before encoding."""
     code_norm: str = "decoder"
     """Factor that makes a latent's activation comparable with others': `decoder` its row's
-    norm, `crosscoder` the sum over sites of its rows' norms (Lindsey et al. 2024), `none` 1."""
+    norm, `crosscoder` the sum over sites of its rows' norms (Lindsey et al. 2024), `mixed` a sum
+    of both weighted by `mix`, `decoupled` each site's norm, by which each site selects for itself
+    (BatchTopK), `none` 1."""
+    mix: tuple[float, float] = (1.0, 0.1)
+    """Weights of `decoder` and `crosscoder` in `mixed`."""
+    site_scales: tuple[float, ...] = ()
+    """What each site was multiplied by in training, when known: norms are taken in that unit."""
+    exclusive: tuple[int, ...] = ()
+    """Dedicated feature crosscoder: how many latents belong to each site alone and neither read
+    nor write another. They come first, in the order of the sites; the others are shared."""
     model_name: str = ""
 
     def __post_init__(self) -> None:
@@ -46,7 +55,7 @@ class DictionaryConfig:
             if dims is not None and (not dims or min(dims) < 1):
                 raise ValueError(f"need {name} to be widths of at least 1, got {dims}")
         require_at_least(1, d_sae=self.d_sae)
-        k = getattr(self.rule, "k", 1)
+        k = getattr(self.rule, "k_start", None) or getattr(self.rule, "k", 1)
         if k > self.d_sae:
             raise ValueError(f"need k <= d_sae {self.d_sae}, got k {k}")
         if self.hook_names and len(self.hook_names) != len(self.site_dims):
@@ -55,6 +64,20 @@ class DictionaryConfig:
             )
         if self.code_norm not in CODE_NORMS:
             raise ValueError(f"need code_norm in {CODE_NORMS}, got {self.code_norm!r}")
+        n_sites = len(self.out_dims or self.site_dims)
+        if self.site_scales and (len(self.site_scales) != n_sites or min(self.site_scales) <= 0):
+            raise ValueError(f"need {n_sites} site_scales > 0, got {self.site_scales}")
+        if self.code_norm == "decoupled" and type(self.rule) is not BatchTopK:
+            raise ValueError(f"need the rule BatchTopK for decoupled norms, got {self.rule}")
+        if self.exclusive:
+            if self.out_dims is not None or n_sites < 2:
+                raise ValueError("need exclusive latents in a crosscoder of two or more sites")
+            if len(self.exclusive) != n_sites or min(self.exclusive) < 0:
+                raise ValueError(f"need {n_sites} numbers >= 0 as exclusive, got {self.exclusive}")
+            if sum(self.exclusive) >= self.d_sae:
+                raise ValueError(
+                    f"need shared latents among {self.d_sae}, got exclusive {self.exclusive}"
+                )
         other = self.out_dims is not None and self.out_dims != self.site_dims
         if other and (self.tied or self.apply_b_dec_to_input):
             raise ValueError(
@@ -71,16 +94,31 @@ class DictionaryConfig:
         return sum(self.out_dims or self.site_dims)
 
 
+def site_norms(
+    config: DictionaryConfig, W_dec: Float[Tensor, "d_sae d_out"]
+) -> Float[Tensor, "n_sites d_sae"]:
+    """Norm of each latent's row at each site, in the unit of training."""
+    dims = config.out_dims or config.site_dims
+    scales = config.site_scales or [1.0] * len(dims)
+    parts = zip(W_dec.split(dims, dim=1), scales, strict=True)
+    return torch.stack([part.norm(dim=1) * scale for part, scale in parts])
+
+
 def code_norms(
     config: DictionaryConfig, W_dec: Float[Tensor, "d_sae d_out"]
 ) -> Float[Tensor, "d_sae"]:
-    """See `DictionaryConfig.code_norm`."""
+    """See `DictionaryConfig.code_norm`; of `decoupled` the sum over sites."""
     kind, dims = config.code_norm, config.out_dims or config.site_dims
-    single = len(dims) == 1 or kind == "decoder"
-    if kind == "none" or (single and config.unit_norm_decoder):
+    plain = kind == "decoder" or (len(dims) == 1 and kind != "mixed")
+    if kind == "none" or (plain and config.unit_norm_decoder):
         return W_dec.new_ones(config.d_sae)
-    parts = (W_dec,) if kind == "decoder" else W_dec.split(dims, dim=1)
-    return torch.stack([part.norm(dim=1) for part in parts]).sum(0)
+    if kind == "decoder" and not config.site_scales:
+        return W_dec.norm(dim=1)
+    norms = site_norms(config, W_dec)
+    if kind in ("crosscoder", "decoupled"):
+        return norms.sum(0)
+    whole = norms.norm(dim=0)
+    return whole if kind == "decoder" else config.mix[0] * whole + config.mix[1] * norms.sum(0)
 
 
 def config_to_json(config: DictionaryConfig) -> dict:
@@ -93,6 +131,8 @@ def config_from_json(saved: dict) -> DictionaryConfig:
         name: tuple(saved[name]) if saved[name] is not None else None
         for name in ("site_dims", "hook_names", "out_dims")
     }
+    later = ("mix", "site_scales", "exclusive")  # which older files lack
+    tuples |= {name: tuple(saved[name]) for name in later if name in saved}
     return DictionaryConfig(**{**saved, **tuples, "rule": rule_from_json(saved["rule"])})
 
 

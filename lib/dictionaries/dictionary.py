@@ -15,7 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lib.dictionaries import format
-from lib.dictionaries.config import DictionaryConfig, code_norms
+from lib.dictionaries.batchtopk import decode_by_site
+from lib.dictionaries.config import DictionaryConfig, code_norms, site_norms
+from lib.dictionaries.partition import Block, forbidden, held, leak
 from lib.dictionaries.rules import BatchTopK, Codes
 from lib.sparse import Scan, SparseActs, active_pre_acts, sparse_decode
 from lib.sparse.ops import rows_in_cache, rows_of
@@ -30,10 +32,13 @@ class Dictionary(nn.Module):
     `W_dec.T`, and no parameter of its own.
     """
 
+    progress = 1.0
+    """Share of the training that is done, for rules that anneal."""
+
     def __init__(self, config: DictionaryConfig) -> None:
         super().__init__()
         self.config = config
-        rows = torch.randn(config.d_sae, config.d_out)
+        rows = held(torch.randn(config.d_sae, config.d_out), self._forbidden)
         self.W_dec = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
         if not config.tied:
             rows = self.W_dec.detach().clone()
@@ -44,8 +49,9 @@ class Dictionary(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(config.d_out))
         for name, start in config.rule.parameters(config.d_sae).items():
             self.register_parameter(name, nn.Parameter(start))
+        by_site = (len(config.site_dims),) if config.code_norm == "decoupled" else ()
         for name, start in config.rule.buffers().items():
-            self.register_buffer(name, start)
+            self.register_buffer(name, start.expand(by_site).clone())
 
     def __getattr__(self, name: str):
         if name == "W_enc" and self.config.tied:
@@ -67,7 +73,14 @@ class Dictionary(nn.Module):
     @property
     def encoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
         """`W_enc.T`, contiguous."""
-        return self.W_dec if self.config.tied else rows_of(self.W_enc)
+        if self.config.tied:
+            return self.decoder_rows
+        return held(rows_of(self.W_enc), self._forbidden)
+
+    @property
+    def decoder_rows(self) -> Float[Tensor, "d_sae d_out"]:
+        """`W_dec`, with zeros where a partition forbids weights: what every product must use."""
+        return held(self.W_dec, self._forbidden)
 
     @property
     def b_in(self) -> Float[Tensor, "d_in"]:
@@ -77,13 +90,17 @@ class Dictionary(nn.Module):
 
     def code_norms(self) -> Float[Tensor, "d_sae"]:
         """See `DictionaryConfig.code_norm`."""
-        return code_norms(self.config, self.W_dec)
+        return code_norms(self.config, self.decoder_rows)
+
+    def site_norms(self) -> Float[Tensor, "n_sites d_sae"]:
+        """Norm of each latent's decoder row at each site, in the unit of training."""
+        return site_norms(self.config, self.decoder_rows)
 
     def pre_acts(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """`(x - b_dec) @ W_enc + b_enc`: a Gated dictionary's gate, every other rule's input."""
         if self.config.apply_b_dec_to_input:
             x = x - self.b_dec
-        return torch.addmm(self.b_enc, x, self.W_enc)
+        return torch.addmm(self.b_enc, x, self.encoder_rows.T)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Latents of every activation, each on its own.
@@ -123,9 +140,12 @@ class Dictionary(nn.Module):
     def decode(
         self, acts: SparseActs | Float[Tensor, "*batch d_sae"]
     ) -> Float[Tensor, "*batch d_out"]:
+        if self.config.code_norm == "decoupled":
+            rows = self.decoder_rows.split(self.config.site_dims, dim=1)
+            return decode_by_site(acts, rows, self) + self.b_dec
         if isinstance(acts, SparseActs):
-            return sparse_decode(acts, self.W_dec) + self.b_dec
-        return acts @ self.W_dec + self.b_dec
+            return sparse_decode(acts, self.decoder_rows) + self.b_dec
+        return acts @ self.decoder_rows + self.b_dec
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The reconstruction."""
@@ -135,7 +155,7 @@ class Dictionary(nn.Module):
     def normalize_decoder_(self) -> None:
         """Divide every decoder row by its norm, if the config asks for unit rows."""
         if self.config.unit_norm_decoder:
-            for rows in self.W_dec.split(rows_in_cache(self.W_dec)):
+            for rows in self.decoder_rows.split(rows_in_cache(self.W_dec)):
                 rows /= rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
     @torch.no_grad()
@@ -153,29 +173,44 @@ class Dictionary(nn.Module):
         return torch.linalg.vector_norm(torch.cat(norms))
 
     @torch.no_grad()
+    def integrity(self) -> float:
+        """The most that a partition leaks, see `partition.leak`; exactly 0."""
+        return leak(self)
+
+    @torch.no_grad()
     def folded(self, mean: Float[Tensor, "d_in"], scale: Float[Tensor, "d_in"]) -> "Dictionary":
         """The dictionary of raw activations that does what this one does on `(x - mean) * scale`.
 
         Under a uniform scale decoder rows stay as they are and latents take the raw unit. Under
-        any other scale rows lose their unit norm, and latents keep the normalised unit.
+        any other rows lose their unit norm, and latents keep the normalised unit; so do the norms
+        of rows where each site has one scale (`DictionaryConfig.site_scales`).
 
         Raises:
-            ValueError: a transcoder, whose output would need a normaliser of its own.
+            ValueError: a transcoder, whose output would need a normaliser of its own; decoupled
+                norms under a scale that differs within a site.
         """
         if self.config.out_dims is not None:
             raise ValueError("cannot fold a normaliser into a transcoder; fit it without one")
         uniform = bool((scale == scale[0]).all())
+        sites = scale.split(self.config.site_dims)
+        by_site = all(bool((site == site[0]).all()) for site in sites)
+        if self.config.code_norm == "decoupled" and not by_site:
+            raise ValueError("cannot fold per_dim into decoupled norms; fit with mean_norm")
         config = replace(
             self.config,
             unit_norm_decoder=self.config.unit_norm_decoder and uniform,
             tied=self.config.tied and uniform,
-            code_norm=self.config.code_norm if uniform else "none",
+            code_norm=self.config.code_norm if by_site else "none",
         )
+        if by_site and not uniform:
+            before = self.config.site_scales or [1.0] * len(sites)
+            scales = (site[0].item() * old for site, old in zip(sites, before, strict=True))
+            config = replace(config, site_scales=tuple(scales))
         other = copy.deepcopy(self)
         other.config = config
         if self.config.tied and not config.tied:
             other.W_enc = nn.Parameter(self.W_dec.clone().T)
-        if not uniform and isinstance(config.rule, BatchTopK):  # whose ranks must stay
+        if not by_site and isinstance(config.rule, BatchTopK):  # whose ranks must stay
             norms = self.code_norms()
             other.W_enc *= norms
             other.b_enc *= norms
@@ -198,22 +233,22 @@ class Dictionary(nn.Module):
         Raises:
             ValueError: a TopK dictionary, where a latent's activation depends on all the others.
         """
-        rule, parts = self.config.rule.narrowed(len(latents)), {}
+        rule, kept = self.config.rule.narrowed(len(latents)), {}
+        self._hold()
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            part = tensor.data
+            part, is_buffer = tensor.data, not isinstance(tensor, nn.Parameter)
             if name == "W_enc":
                 part = part.T[latents].T
-            elif name != "b_dec" and tensor.ndim:
+            elif name != "b_dec" and not is_buffer:
                 part = part[latents]
-            is_buffer = not isinstance(tensor, nn.Parameter)
-            parts[id(tensor)] = part if is_buffer else nn.Parameter(part, requires_grad=False)
-        other = copy.deepcopy(self, parts)  # which draws no random weights
-        other.config = replace(self.config, d_sae=len(latents), rule=rule)
+            kept[id(tensor)] = part if is_buffer else nn.Parameter(part, requires_grad=False)
+        other = copy.deepcopy(self, kept)  # which draws no random weights
+        other.config = replace(self.config, d_sae=len(latents), rule=rule, exclusive=())
         return other.eval()
 
     def save(self, folder: str | Path) -> Path:
         """Write `cfg.json` and `sae_weights.safetensors`, which sae-lens reads (one site)."""
-        return format.write(Path(folder), self.config, self.state_dict())
+        return format.write(Path(folder), self.config, self._hold())
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
@@ -231,6 +266,16 @@ class Dictionary(nn.Module):
         dictionary = cls(config)
         dictionary.load_state_dict(dictionary.state_dict() | state)  # buffers of training may lack
         return dictionary.eval()
+
+    @property
+    def _forbidden(self) -> tuple[Block, ...]:
+        return forbidden(self.config.exclusive, self.config.site_dims)
+
+    def _hold(self) -> dict[str, Tensor]:
+        """Tensors by name, after a partition's zeros were written into the weights."""
+        for rows in (self.W_dec, self.W_enc.T):
+            held(rows.detach(), self._forbidden)
+        return self.state_dict()
 
     def _scan(self, x: Float[Tensor, "n d_in"]) -> Scan:
         x = x - self.b_in if self.config.apply_b_dec_to_input else x

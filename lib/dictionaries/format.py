@@ -22,6 +22,7 @@ from lib.dictionaries.config import (
     code_norms,
     config_from_json,
     config_to_json,
+    site_norms,
 )
 from lib.dictionaries.rules import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from lib.runtime import atomic_folder
@@ -112,7 +113,7 @@ def sae_lens_config(config: DictionaryConfig, state: dict[str, Tensor]) -> dict:
     whole_z = len(config.site_dims) == 1 and hook_name.endswith("hook_z")
     ours = config_to_json(config)
     if isinstance(config.rule, BatchTopK):
-        ours["threshold"] = state["threshold"].item()
+        ours["threshold"] = state["threshold"].tolist()
     written = {
         "architecture": architecture,
         "d_in": config.d_in,
@@ -146,7 +147,10 @@ def sae_lens_tensors(config: DictionaryConfig, state: dict[str, Tensor]) -> dict
     if isinstance(rule, JumpReLU):
         tensors["threshold"] = state["log_threshold"].exp()
     if isinstance(rule, BatchTopK):
-        tensors["threshold"] = state["threshold"] / code_norms(config, state["W_dec"])
+        by_site = config.code_norm == "decoupled"  # a latent fires where any site keeps it
+        norms = (site_norms if by_site else code_norms)(config, state["W_dec"])
+        bounds = state["threshold"][..., None] / norms
+        tensors["threshold"] = bounds.amin(0) if by_site else bounds
     return tensors
 
 
@@ -174,7 +178,10 @@ def from_sae_lens(saved: dict, weights: dict[str, Tensor], where: object) -> Des
 
 
 def checked_state(
-    config: DictionaryConfig, weights: dict[str, Tensor], where: object, threshold: float = 0.0
+    config: DictionaryConfig,
+    weights: dict[str, Tensor],
+    where: object,
+    threshold: float | list[float] = 0.0,
 ) -> dict[str, Tensor]:
     """A `Dictionary`'s tensors, from those under sae-lens's names; `threshold` is BatchTopK's.
 

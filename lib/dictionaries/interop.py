@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lib.dictionaries import format
@@ -20,6 +21,7 @@ from lib.dictionaries.rules import BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 __all__ = [
     "Card",
+    "from_crosscoder",
     "from_dictionary_learning",
     "from_hub",
     "from_pretrained",
@@ -38,6 +40,8 @@ _CLASSES = {
     "GatedAutoEncoder": (Gated, True),
     "JumpReluAutoEncoder": (JumpReLU, False),
 }
+# what its crosscoders call their code norms, by number
+_CODE_NORMS = {1: "crosscoder", 2: "decoder", 3: "mixed", 4: "none", 5: "decoupled"}
 # and its names of tensors; the weight matrices of its linear layers are transposed
 _TENSORS = {
     "encoder.weight": "W_enc", "decoder.weight": "W_dec", "encoder.bias": "b_enc",
@@ -158,6 +162,65 @@ def from_dictionary_learning(folder: str | Path) -> Dictionary:
     )
     state = format.checked_state(config, weights, folder / "ae.pt", threshold)
     return Dictionary.of(config, state)
+
+
+def from_crosscoder(folder: str | Path, *, code_norm: str = "", revision: str = "") -> Dictionary:
+    """A `CrossCoder` or `BatchTopKCrossCoder` of dictionary-learning's fork for crosscoders.
+
+    Args:
+        folder: What its trainers save (`ae.pt` and `config.json`), what it uploads
+            (`model.safetensors` and `config.json`), or a hub id of the latter.
+        code_norm: of weights that do not say; theirs is taken where they do.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: anything else than tensors (none of it is executed), tensors of other shapes,
+            weights that keep statistics to normalise with, an unknown code norm.
+    """
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["config.json", "model.safetensors", "ae.pt"]
+        folder = snapshot_download(str(folder), revision=revision or None, allow_patterns=patterns)
+    files = [Path(folder) / name for name in ("model.safetensors", "ae.pt", "config.json")]
+    file = next((file for file in files[:2] if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"need model.safetensors or ae.pt in crosscoder folder {folder}")
+    saved = json.loads(files[2].read_text()) if files[2].is_file() else {}
+    options = {**saved, **saved.get("trainer", {})}
+    state = load_file(file) if file.suffix == ".safetensors" else _plain_tensors(file)
+    state = {name.removeprefix("_orig_mod."): value.float() for name, value in state.items()}
+    kind = _CODE_NORMS.get(int(state.pop("code_normalization_id", 0)), code_norm)
+    if not kind:
+        raise ValueError(f"{file} names no code norm: need code_norm, such as 'crosscoder'")
+    k, threshold, _ = (state.pop(name, None) for name in ("k", "threshold", "target_rms"))
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    n, d, d_sae = [*shapes.get("encoder.weight", ()), 0, 0, 0][:3]
+    needed = {"encoder.weight": (n, d, d_sae), "encoder.bias": (d_sae,)}
+    needed |= {"decoder.weight": (n, d_sae, d), "decoder.bias": (n, d)}
+    if shapes != needed:
+        raise ValueError(f"{file}: need a crosscoder's {sorted(needed)} alone, got {shapes}")
+    alphas = (("code_normalization_alpha_sae", 1.0), ("code_normalization_alpha_cc", 0.1))
+    config = DictionaryConfig(
+        site_dims=(d,) * n,
+        d_sae=d_sae,
+        rule=ReLU() if threshold is None else BatchTopK(k=int(k)),
+        model_name=options.get("lm_name") or "",
+        unit_norm_decoder=False,
+        apply_b_dec_to_input=False,
+        code_norm=kind,
+        mix=tuple(options.get(name, default) for name, default in alphas),
+    )
+    tensors = {
+        "W_enc": state["encoder.weight"].flatten(0, 1),
+        "W_dec": state["decoder.weight"].transpose(0, 1).flatten(1),
+        "b_enc": state["encoder.bias"],
+        "b_dec": state["decoder.bias"].flatten(),
+    }
+    if threshold is not None:
+        tensors["threshold"] = threshold.clamp(min=0)
+    return Dictionary.of(config, tensors)
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:

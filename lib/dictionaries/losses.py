@@ -3,6 +3,8 @@
 Those here are small frozen objects, so that a recipe can be compared and saved; any other function
 of the same signature will do in a recipe.
 
+A term may have a `check(config)`, which refuses dictionaries that it means nothing for.
+
 Unit: the main term is the squared error summed over `d_out` and averaged over tokens, as in
 sae-lens, so that with inputs of mean norm sqrt(d) it starts near d. Weights are in that unit.
 """
@@ -17,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding, mse_loss
 
+from lib.dictionaries.config import DictionaryConfig
 from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.rules import Codes, Gated, JumpReLU, ReLU, Rule
 from lib.sparse import SparseActs, sparse_decode
@@ -70,16 +73,13 @@ class Reconstruction:
     """Squared error, summed over dimensions, averaged over tokens."""
 
     def __call__(self, out: StepOutput) -> Float[Tensor, ""]:
-        # one pass over memory, and one in backward
-        return mse_loss(out.x_hat, out.target, reduction="sum") / len(out.target)
+        return mse_loss(out.x_hat, out.target, reduction="sum") / len(out.target)  # one pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixReconstruction:
-    """Mean squared error of nested prefixes of the latents, the whole among them.
-
-    Source: Bussmann et al. 2025, Matryoshka SAEs, arXiv:2503.17547.
-    """
+    """Mean squared error of nested prefixes of the latents, the whole among them. Source:
+    Bussmann et al. 2025, Matryoshka SAEs, arXiv:2503.17547."""
 
     shares: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """Length of each prefix as a share of d_sae; ascending, the last is 1."""
@@ -89,12 +89,16 @@ class PrefixReconstruction:
         if not ascending or self.shares[-1] != 1:
             raise ValueError(f"need shares that ascend from above 0 to 1, got {self.shares}")
 
+    def check(self, config: DictionaryConfig) -> None:
+        if config.exclusive:
+            raise ValueError("nested prefixes would hold one site's exclusive latents alone")
+
     def __call__(self, out: StepOutput) -> Float[Tensor, ""]:
         bounds = [round(share * out.dictionary.d_sae) for share in self.shares]
         starts = (0, *bounds[:-1])
         sizes = [stop - start for start, stop in zip(starts, bounds, strict=True)]
         left, total = out.target - out.dictionary.b_dec, 0.0
-        for start, rows in zip(starts, out.dictionary.W_dec.split(sizes), strict=True):
+        for start, rows in zip(starts, out.dictionary.decoder_rows.split(sizes), strict=True):
             left = left - _decoded(out.acts, start, rows)
             total = total + left.square().sum(1).mean()
         return total / len(bounds)
@@ -172,13 +176,13 @@ class GateReconstruction:
     needs: ClassVar = Gated
 
     def __call__(self, out: StepOutput) -> Float[Tensor, ""]:
-        W_dec, b_dec = out.dictionary.W_dec.detach(), out.dictionary.b_dec.detach()
+        W_dec, b_dec = out.dictionary.decoder_rows.detach(), out.dictionary.b_dec.detach()
         return (out.target - out.pre_acts.relu() @ W_dec - b_dec).square().sum(1).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
 class L0:
-    """`weight · L0` through the rectangle estimate; with `target`, `weight · (L0/target - 1)²`.
+    """`weight · L0` by the rectangle estimate; with `target`, `weight · (L0/target - 1)²`.
 
     Source: Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
@@ -193,9 +197,13 @@ class L0:
         if self.target is not None and self.target <= 0:
             raise ValueError(f"need target > 0, got {self.target}")
 
+    def check(self, config: DictionaryConfig) -> None:
+        if self.target is not None and self.target > config.d_sae:
+            raise ValueError(f"need k <= d_sae {config.d_sae}, got a target of {self.target}")
+
     def __call__(self, out: StepOutput) -> Float[Tensor, ""]:
         l0 = out.codes.l0.mean()
-        penalty = l0 if self.target is None else (distributed.mean(l0) / self.target - 1).square()
+        penalty = l0 if self.target is None else (distributed.mean(l0) / self.target - 1) ** 2
         return self.weight * ramp(out.t, self.ramp) * penalty
 
 
@@ -238,9 +246,8 @@ class AuxK:
         if not len(out.dead):
             return out.x_hat.new_zeros(())
         error = out.error.detach()
-        encoder, W_dec = (  # whose gradients are added in these rows alone
-            embedding(out.dead, rows, sparse=True) for rows in (out.codes.encoder_rows, d.W_dec)
-        )
+        rows = out.codes.encoder_rows, d.decoder_rows  # gradients are added in these rows alone
+        encoder, W_dec = (embedding(out.dead, part, sparse=True) for part in rows)
         pre = (out.x - d.b_in.detach()) @ encoder.T + d.b_enc[out.dead]
         k = min(self.k or d.d_in // 2, len(out.dead))
         values, places = pre.topk(k, dim=1, sorted=False)
@@ -268,7 +275,7 @@ class GhostGradients:
         if not len(out.dead):
             return out.x_hat.new_zeros(())
         error = out.error.detach()
-        ghosts = out.pre_acts[:, out.dead].clamp(max=20).exp() @ d.W_dec[out.dead]
+        ghosts = out.pre_acts[:, out.dead].clamp(max=20).exp() @ d.decoder_rows[out.dead]
         size = error.norm(dim=1, keepdim=True) / (2 * ghosts.norm(dim=1, keepdim=True) + 1e-6)
         loss = (error - ghosts * size.detach()).square().sum(1).mean()
         main = distributed.mean(error.square().sum(1).mean())
@@ -286,7 +293,7 @@ def require_rule(term: Term, rule: Rule) -> None:
 
 
 def term_to_json(term: Term) -> dict:
-    """Name and settings; of a function its name alone."""
+    """Name and settings; of a function its name."""
     if is_dataclass(term):
         return {"name": type(term).__name__, **asdict(term)}
     return {"name": f"{term.__module__}.{term.__qualname__}"}

@@ -64,12 +64,13 @@ class Recipe:
         """The config of a dictionary of this rule: `site_dims`, `d_sae`, `hook_names`, …
 
         Raises:
-            ValueError: as `DictionaryConfig`; an L0 to aim at that is above `d_sae`.
+            ValueError: as `DictionaryConfig`; a term that means nothing for these sites or this
+                partition; an L0 to aim at that is above `d_sae`.
         """
         config = DictionaryConfig(rule=self.rule, **shape)
         for term in self.terms:
-            if isinstance(term, L0) and term.target is not None and term.target > config.d_sae:
-                raise ValueError(f"need k <= d_sae {config.d_sae}, got a target of {term.target}")
+            if hasattr(term, "check"):
+                term.check(config)
         return config
 
     def to_json(self) -> dict:
@@ -130,14 +131,14 @@ def jumprelu(
     )
 
 
-def topk(k: int = 32) -> Recipe:
+def topk(k: int = 32, k_start: int | None = None) -> Recipe:
     """The k largest of each token, dead latents through AuxK. Gao et al. 2024, arXiv:2406.04093."""
-    return Recipe(rule=TopK(k=k), terms=(Reconstruction(), AuxK()))
+    return Recipe(rule=TopK(k=k, k_start=k_start), terms=(Reconstruction(), AuxK()))
 
 
-def batchtopk(k: int = 32) -> Recipe:
+def batchtopk(k: int = 32, k_start: int | None = None) -> Recipe:
     """k a token on average over a batch. Bussmann et al. 2024, arXiv:2412.06410."""
-    return Recipe(rule=BatchTopK(k=k), terms=(Reconstruction(), AuxK()))
+    return Recipe(rule=BatchTopK(k=k, k_start=k_start), terms=(Reconstruction(), AuxK()))
 
 
 def matryoshka(k: int = 32) -> Recipe:

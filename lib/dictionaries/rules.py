@@ -1,6 +1,6 @@
 """Sparsity rules: from pre-activations to latents.
 
-A rule is a small frozen object without state: what it learns or remembers is in its dictionary's
+A rule is a frozen object without state: what it learns or remembers is in its dictionary's
 `Parameters`. A new rule is one class here, and to be saved an entry in `RULES` and in `format`:
 
 | | |
@@ -22,28 +22,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lib.dictionaries import batchtopk
 from lib.runtime import require_at_least
 from lib.sparse import DENSE, Scan, SparseActs, dense_jumprelu, sparse_jumprelu
-from lib.sparse.select import largest
-from lib.training import distributed
 
 Acts = Float[Tensor, "n d_sae"]
-HINTS = (0.95, 0.8, 0.5, 0.2, 0.0)
-"""Shares of the smallest score that BatchTopK kept last. Only scores above the first are compared,
-if they are enough, or else above the next: the fewer, the faster."""
 
 
 @runtime_checkable
 class Parameters(Protocol):
-    """Tensors that a rule may read: `b_enc`, code norms, and what the rule itself asked for."""
+    """What a rule may read: `b_enc`, code norms, the share of the training that is done, and what
+    it asked for."""
 
     b_enc: Tensor
+    progress: float
 
     def code_norms(self) -> Float[Tensor, "d_sae"]: ...
 
 
 class Codes:
-    """Latents in training, and how many of each token are active."""
+    """Latents in training, and how many are active."""
 
     encoder_rows: Float[Tensor, "d_sae d_in"]
     """The encoder in this step's graph: gradients of few rows join the others here at no cost."""
@@ -188,17 +186,32 @@ class JumpReLU(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK(Rule):
+class Annealed(Rule):
+    """A rule that keeps k latents of each token; in training k may fall from a larger one."""
+
+    k: int = 32
+    """Latents kept per token (BatchTopK: on average over a batch)."""
+    k_start: int | None = None
+    """k of the first step."""
+    k_anneal: float = 0.3
+    """Share of the training over which k falls from `k_start` to `k`, linearly."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, k=self.k)
+        if (self.k_start or self.k) < self.k or not 0 < self.k_anneal <= 1:
+            raise ValueError(f"need k_start >= k and k_anneal in (0, 1], got {self}")
+
+    def k_at(self, progress: float) -> int:
+        left = max(0.0, 1 - progress / self.k_anneal)
+        return self.k + round(left * ((self.k_start or self.k) - self.k))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Annealed):
     """The k largest positive pre-activations of each token.
 
     Source: Gao et al. 2024, arXiv:2406.04093.
     """
-
-    k: int = 32
-    """Latents kept per token."""
-
-    def __post_init__(self) -> None:
-        require_at_least(1, k=self.k)
 
     def acts(self, pre: Acts, p: Parameters) -> Acts:
         values, indices = pre.topk(self.k, dim=1, sorted=False)
@@ -209,28 +222,26 @@ class TopK(Rule):
         return found.with_values(found.values.relu()).nonzero()
 
     def select(self, scan: Scan, p: Parameters) -> SparseActs:
-        return scan.topk(self.k)
+        return scan.topk(self.k_at(p.progress))
 
     def narrowed(self, d_sae: int) -> Rule:
         raise ValueError("cannot narrow a TopK dictionary: which latents fire depends on all")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchTopK(Rule):
+class BatchTopK(Annealed):
     """In training the n·k largest positive `pre · code norm` of a batch of n tokens (the whole
     batch, under data parallelism, of which a rank keeps those that are its own); at inference
     those above `threshold`, a saved buffer: the moving average of the smallest that was kept.
 
-    Source: Bussmann et al. 2024, arXiv:2412.06410.
+    With decoupled norms both are each site's own. Source: Bussmann et al. 2024, arXiv:2412.06410.
     """
 
-    k: int = 32
-    """Latents kept per token, on average over a batch."""
     threshold_decay: float = 0.9
     """Weight of the past in the moving average of the threshold, per batch."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, k=self.k)
+        super().__post_init__()
         if not 0 <= self.threshold_decay < 1:
             raise ValueError(f"need threshold_decay in [0, 1), got {self.threshold_decay}")
 
@@ -238,40 +249,21 @@ class BatchTopK(Rule):
         return {"threshold": torch.zeros(()), "smallest": torch.zeros(())}
 
     def acts(self, pre: Acts, p: Parameters) -> Acts:
+        if p.threshold.ndim:
+            return batchtopk.acts_by_site(pre, p)
         return torch.where(pre * p.code_norms() > p.threshold, pre, 0).relu()
 
     def select(self, scan: Scan, p: Parameters) -> SparseActs:
         """Also moves `threshold`, and `smallest`, the least score that was kept."""
-        norms, count = p.code_norms(), scan.n * self.k
-        if not p.smallest:  # in the first batch: what TopK would keep of half the tokens
-            each = scan.topk(self.k)
-            scores = (each.values * norms[each.indices]).relu()
-            least = norms.new_full((scan.n,), math.inf)
-            least = least.scatter_reduce(0, each.rows, scores, "amin")
-            least[each.offsets.diff() < self.k] = 0
-            p.smallest.copy_(distributed.least_(least.median()))
-        for share in HINTS:
-            active = scan.above(share * p.smallest / norms, k=self.k)
-            if distributed.mean_count(len(active.values), norms.device) >= count:
-                break
-        scores = active.values * norms[active.indices]
-        count = distributed.quota(scores, count)
-        if len(scores) > count:
-            kept = largest(scores, count)
-            active, scores = active.at(kept), scores[kept]
-        smallest = scores.min() if len(scores) else scores.new_tensor(math.inf)
-        if distributed.least_(smallest).isfinite():
-            p.smallest.copy_(smallest)
-            past = torch.where(p.threshold == 0, smallest, p.threshold)
-            p.threshold.copy_(past.lerp(smallest, 1 - self.threshold_decay))
-        return active
+        select = batchtopk.select_by_site if p.threshold.ndim else batchtopk.select
+        return select(scan, p, self.k_at(p.progress), self.threshold_decay)
 
     def rescale_(self, p: Parameters, factor: float) -> "BatchTopK":
         p.threshold *= factor
         return super().rescale_(p, factor)
 
     def narrowed(self, d_sae: int) -> "BatchTopK":
-        return replace(self, k=min(self.k, d_sae))  # its k counts in training only
+        return replace(self, k=min(self.k, d_sae), k_start=None)  # k counts in training only
 
 
 RULES = {rule.__name__: rule for rule in (ReLU, Gated, JumpReLU, TopK, BatchTopK)}
@@ -282,5 +274,4 @@ def rule_to_json(rule: Rule) -> dict:
 
 
 def rule_from_json(fields: dict) -> Rule:
-    fields = dict(fields)
-    return RULES[fields.pop("name")](**fields)
+    return RULES[fields["name"]](**{key: fields[key] for key in fields.keys() - {"name"}})

@@ -12,6 +12,7 @@ from lib.activations.moments import Normalizer
 from lib.dictionaries.config import DictionaryConfig, FitConfig, config_to_json
 from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.losses import StepOutput
+from lib.dictionaries.partition import parts
 from lib.dictionaries.recipes import Recipe
 from lib.runtime import resolve_dtype
 from lib.sparse import SparseActs
@@ -125,7 +126,21 @@ class DictionaryTrainer:
         l0 = distributed.mean((values > 0).sum().double()) / len(out.x)
         fvu = distributed.mean(out.error.square().sum()) / distributed.mean(variance)
         dead = len(out.dead) / self.dictionary.d_sae
-        return {"fvu": fvu.item(), "l0": l0.item(), "dead": dead}
+        return {"fvu": fvu.item(), "l0": l0.item(), "dead": dead} | self._of_parts(out)
+
+    def _of_parts(self, out: StepOutput) -> dict[str, float]:
+        """`l0` and the share of dead latents of each part of a partition."""
+        d, found = self.dictionary, {}
+        if not d.config.exclusive:
+            return found
+        acts = out.acts if isinstance(out.acts, SparseActs) else SparseActs.of(out.acts)
+        latents = acts.indices[acts.values > 0]
+        for name, part in parts(d.config.exclusive, d.d_sae).items():
+            size = max(1, part.stop - part.start)
+            inside = ((ids >= part.start) & (ids < part.stop) for ids in (latents, out.dead))
+            firings, dead = (distributed.mean(mask.sum().double()).item() for mask in inside)
+            found |= {f"l0 {name}": firings / len(out.x), f"dead {name}": dead / size}
+        return found
 
     def report(self, n_done: int) -> dict | None:
         """`tokens`, `fvu`, `l0`, `dead` of one batch every `FitConfig.log_every` steps."""
@@ -205,6 +220,7 @@ class DictionaryTrainer:
         x, target = self._split(batch)
         x = x if self.fit.normalize == "none" else self.normalizer(x)
         target = x if d.config.out_dims is None else target
+        d.progress = t
         codes = d.encode_training(x)
         return StepOutput(d, x, target, d.decode(codes.acts), codes, self._dead(), t)
 
@@ -222,6 +238,7 @@ class DictionaryTrainer:
         alive[dead] = False
         size = d.encoder_rows[alive].norm(dim=1).mean() if alive.any() else 1.0
         d.W_dec[dead] = rows
+        d.normalize_decoder_()  # a partition takes away what rows hold of other sites
         d.b_enc[dead] = 0
         if not d.config.tied and d.d_in == d.d_out:
             d.W_enc[:, dead] = (rows * size * self.recipe.resample.encoder_scale).T
