@@ -1,98 +1,135 @@
-"""How latents stand at two sites: known features, read by a crosscoder made by hand."""
+"""Methods and scores of model diffing, on two small random models that differ where we say."""
+
+import copy
 
 import pytest
 import torch
 
-from lib.analysis.diffing import compare_sites
-from lib.dictionaries import Dictionary, DictionaryConfig
-from lib.dictionaries.rules import ReLU
+from lib.activations.harvest import HarvestConfig, Harvester
+from lib.activations.source import Block
+from lib.analysis.diffing import (
+    auc,
+    concept_ranking,
+    gap_closed,
+    output_difference,
+    precision_at,
+    stream_difference,
+)
+from lib.analysis.diffing.streams import lens
+from lib.data.corpus import load_corpus
+from lib.models.tiny import TinyConfig, build_model
+from lib.models.unembed import unembedding
+from lib.world import CONCEPTS, build_tokenizer
 
-D = 12
-NAMES = ["shared", "only b", "only a", "rotated", "shrinkage", "decoupling", "twin", "dead"]
-
-
-def hand_made(scales=(1.0, 1.0)) -> tuple[Dictionary, torch.Tensor]:
-    """Latent j reads feature j. What the sites hold, and what the crosscoder writes of it:
-
-    shrinkage: both sites hold it, it is written at b alone; decoupling: both hold it, and `twin`
-    writes it at a.
-    """
-    eye = torch.eye(D)
-    a, b = torch.zeros(8, D), torch.zeros(8, D)
-    for j, (at_a, at_b) in {0: (0, 0), 3: (3, 4), 4: (5, 5), 5: (6, 6)}.items():
-        a[j], b[j] = eye[at_a], eye[at_b]
-    b[1], a[2], a[7] = eye[1], eye[2], eye[7]
-    generator = torch.Generator().manual_seed(0)
-    on = torch.rand(4000, 8, generator=generator) < 0.1
-    z = on * (torch.rand(4000, 8, generator=generator) + 0.5)
-    z[:, 6], z[:, 7] = z[:, 5], 0
-    x = torch.cat([z @ a / scales[0], z @ b / scales[1]], dim=1)
-    x += 1e-3 * torch.randn(x.shape, generator=generator)
-    d = Dictionary(
-        DictionaryConfig(
-            site_dims=(D, D), d_sae=8, rule=ReLU(), unit_norm_decoder=False, site_scales=scales
-        )
-    )
-    read = torch.cat([a, b], dim=1)
-    write_a, write_b = a.clone(), b.clone()
-    write_a[4], write_a[5], write_b[6], write_a[6] = 0, 0, 0, a[5]
-    with torch.no_grad():
-        d.W_enc.copy_((read / read.square().sum(1, keepdim=True).clamp(min=1e-9)).T)
-        d.W_enc[:, 6] = d.W_enc[:, 5]
-        d.W_enc *= torch.tensor(scales).repeat_interleave(D)[:, None]
-        d.W_dec.copy_(torch.cat([write_a / scales[0], write_b / scales[1]], dim=1))
-        d.b_enc -= 0.05
-    return d.eval(), x
+SITE = "blocks.1.hook_resid_post"
 
 
-@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.3, 5.0)])
-def test_each_kind_is_told_from_the_others(scales):
-    d, x = hand_made(scales)
-    reading = compare_sites(d, x.split(1000))
-    kinds = reading.kinds()
-    expected = ["shared", "only b", "only a", "rotated", "shrinkage", "decoupling"]
-    assert kinds[:6] == expected and kinds[7] == "dead"
-    assert kinds[6] == "decoupling"  # site b's latent writes it too
-    torch.testing.assert_close(reading.relative_norm[:4], torch.tensor([0.5, 1.0, 0.0, 0.5]))
-    torch.testing.assert_close(reading.cosine[:2], torch.tensor([1.0, 0.0]))
-    assert reading.cosine[3].abs() < 1e-6
-
-
-def test_latent_scaling_is_the_least_squares_fit():
-    """Against a fit of each latent by itself, in float64."""
+@pytest.fixture(scope="module")
+def pair(world):
+    """b adds a direction to what block 1 writes, scaled by what the token is."""
+    tokenizer = build_tokenizer(world)
     torch.manual_seed(0)
-    d = Dictionary(DictionaryConfig(site_dims=(5, 5), d_sae=9, rule=ReLU())).eval()
+    a = build_model(TinyConfig(architecture="llama", d_model=32, n_layers=3, d_mlp=48), tokenizer)
+    a.eval()
+    b = copy.deepcopy(a)
     with torch.no_grad():
-        d.b_dec.normal_()
-    x = torch.randn(300, 10)
-    reading = compare_sites(d, [x[:100], x[100:]])
-    z, W = d.encode(x).double().detach(), d.W_dec.double().detach()
-    x_hat = z @ W
-    left = x - d.b_dec - x_hat
-    for own in (0, 1):
-        for j in range(9):
-            direction = W[j].view(2, 5)[own]
-            column = torch.outer(z[:, j], direction).flatten()[:, None]
-            betas = {}
-            for at in (0, 1):
-                part = slice(5 * at, 5 * at + 5)
-                with_own = left[:, part] + torch.outer(z[:, j], W[j, part])
-                for name, y in (("error", with_own), ("reconstruction", x_hat[:, part])):
-                    fit = torch.linalg.lstsq(column, y.flatten()[:, None]).solution.item()
-                    betas[name, at] = fit
-            for name in ("error", "reconstruction"):
-                if betas[name, own] > 0:
-                    ratio = betas[name, 1 - own] / betas[name, own]
-                    assert getattr(reading, name)[own, j].item() == pytest.approx(ratio, abs=1e-3)
+        b.model.layers[1].mlp.down_proj.weight.add_(
+            torch.outer(torch.ones(32), torch.randn(48)), alpha=0.5
+        )
+    corpus = load_corpus("world", tokenizer, n_tokens=1_500, seq_len=64, split="test")
+    return a, b, corpus
 
 
-def test_sites_that_cannot_be_compared():
-    d = Dictionary(DictionaryConfig(site_dims=(4, 6), d_sae=9, rule=ReLU())).eval()
-    with pytest.raises(ValueError, match="one width"):
-        compare_sites(d, [torch.ones(3, 10)])
-    for sites in ((0, 0), (0, 2)):
-        with pytest.raises(ValueError, match="two sites"):
-            compare_sites(d, [torch.ones(3, 10)], sites)
-    d = Dictionary(DictionaryConfig(site_dims=(5, 5), d_sae=9, rule=ReLU())).eval()
-    with pytest.raises(ValueError, match="a latent fires"):
-        compare_sites(d, [])
+def blocks(models, corpus):
+    config = HarvestConfig(hook_names=(SITE,), batch_rows=16, skip_special=False)
+    source = Harvester(models, corpus, config)
+    return [source.block(i) for i in range(source.n_blocks)]
+
+
+def test_kl_and_its_split_are_those_of_the_logits(pair):
+    a, b, corpus = pair
+    found = output_difference(a, b, corpus, batch_rows=7)
+    assert len(found.kl) == corpus.n_tokens
+    row = corpus.ids[:1].long()[:, : int(corpus.mask[0].sum())]
+    with torch.no_grad():
+        p, q = (m(input_ids=row).logits[0].double().log_softmax(1) for m in (a, b))
+    n = row.shape[1]
+    right = (q.exp() * (q - p)).sum(1)[:-1]
+    torch.testing.assert_close(found.kl[1:n].double(), right, rtol=1e-3, atol=1e-6)
+    own = (q - p)[torch.arange(n - 1), row[0, 1:]]
+    torch.testing.assert_close(found.rise[1:n].double(), own, rtol=1e-3, atol=1e-5)
+    assert found.by_word.sum().item() == pytest.approx(found.kl.sum().item(), rel=1e-3)
+    assert found.kl[0] == 0 and found.kl.min() > -1e-6
+    assert found.by_word[found.words(3)].tolist() == found.by_word.topk(3).values.tolist()
+    assert output_difference(a, a, corpus).kl.abs().max() < 1e-6
+
+
+def test_the_planted_direction_is_the_first_component(pair):
+    a, b, corpus = pair
+    found = stream_difference(blocks([a, b], corpus), n_components=4)
+    planted = torch.full((32,), 32**-0.5)
+    assert (found.components[0] @ planted).abs() > 0.999 and found.energy[0] > 0.99
+    assert len(found.size) == corpus.n_tokens and (found.along[:, 0].mean() > 0)
+    torch.testing.assert_close(
+        found.components @ found.components.T, torch.eye(4), atol=1e-4, rtol=0
+    )
+    x = torch.cat([block.acts for block in blocks([a, b], corpus)])
+    torch.testing.assert_close(found.mean, (x[:, 32:] - x[:, :32]).mean(0))
+    first = x[torch.cat([block.positions for block in blocks([a, b], corpus)]) == 2]
+    torch.testing.assert_close(found.by_position[2], (first[:, 32:] - first[:, :32]).mean(0))
+    rows = unembedding(b)
+    assert lens(rows[17], rows, 1).item() == (rows @ rows[17]).argmax().item()
+    with pytest.raises(ValueError, match="models that differ"):
+        stream_difference(blocks([a, a], corpus))
+    none = torch.zeros(0, dtype=torch.long)
+    with pytest.raises(ValueError, match="need a token"):
+        stream_difference([Block(torch.zeros(0, 64), none, none, none)])
+
+
+def test_the_gap_closes_with_what_is_handed_over(pair):
+    a, b, corpus = pair
+    direction = torch.full((32,), 32**-0.5)
+
+    def along(x_a, x_b):
+        return x_a + ((x_b - x_a) @ direction)[:, None] * direction
+
+    moves = [
+        lambda x_a, x_b: x_b,
+        lambda x_a, x_b: x_a,
+        along,
+        lambda x_a, x_b: x_a - 2 * (x_b - x_a),
+    ]
+    everything, nothing, most, wrong = gap_closed(a, b, SITE, corpus, moves, batch_rows=9)
+    assert everything == pytest.approx(1, abs=1e-6) and nothing == pytest.approx(0, abs=1e-6)
+    assert 0.9 < most <= 1 and wrong < 0
+    one = torch.zeros_like(corpus.mask)
+    one[3, 5] = True
+    (alone,) = gap_closed(a, b, SITE, corpus, [along], counted=one)
+    assert alone != most
+    with pytest.raises(ValueError, match="models differ"):
+        gap_closed(a, a, SITE, corpus, [along])
+
+
+def test_scores_against_counting():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 8, (200,), generator=generator).float()
+    truth = torch.rand(200, generator=generator) < 0.3
+    pairs = scores[truth][:, None] - scores[~truth]
+    right = ((pairs > 0).double() + 0.5 * (pairs == 0)).mean().item()
+    assert auc(scores, truth) == pytest.approx(right)
+    assert auc(truth.float(), truth) == 1 and auc(torch.zeros(200), truth) == 0.5
+    assert precision_at(5, truth.float(), truth) == 1
+    with pytest.raises(ValueError, match="both kinds"):
+        auc(scores, torch.ones(200, dtype=torch.bool))
+
+
+def test_the_concept_under_the_score_comes_first(pair):
+    corpus = pair[2]
+    concepts = corpus.concepts[corpus.mask]
+    bit = CONCEPTS.index("operator")
+    on = (concepts >> bit & 1).bool()
+    scores = on + 0.3 * torch.rand(len(on), generator=torch.Generator().manual_seed(0))
+    (first, value), *_ = concept_ranking(scores, concepts)
+    assert first == "operator" and value > 0.7
+    names = [name for name, _ in concept_ranking(-scores, concepts)]
+    assert names[0] != "operator"
