@@ -22,6 +22,8 @@ RECIPES = {
     "topk": recipes.topk(k=2),
     "batchtopk": recipes.batchtopk(k=2),
     "crosscoder": recipes.batchtopk(k=2),
+    "dfc": recipes.batchtopk(k=2),
+    "decoupled": recipes.batchtopk(k=2),
     "matryoshka": recipes.matryoshka(k=2),
     "jumprelu": recipes.jumprelu(l0=0.05),
     "jumprelu_target": recipes.jumprelu(l0=1.0, target_l0=3.0, threshold=0.5),
@@ -36,9 +38,14 @@ RECIPES = {
 
 def plans(*names: str) -> dict:
     chosen = {name: RECIPES[name] for name in names or RECIPES}
-    dims = {"crosscoder": (10, 6)}
+    two = {"site_dims": (10, 6)}
+    shapes = {"crosscoder": two, "dfc": two | {"exclusive": (8, 8)}}
+    shapes["decoupled"] = two | {"code_norm": "decoupled"}
     return {
-        name: (recipe.dictionary(d_sae=96, site_dims=dims.get(name, (16,))), recipe)
+        name: (
+            recipe.dictionary(**{"d_sae": 96, "site_dims": (16,)} | shapes.get(name, {})),
+            recipe,
+        )
         for name, recipe in chosen.items()
     }
 

@@ -6,7 +6,16 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from lib.dictionaries import Dictionary, DictionaryConfig, FitConfig, fit, losses, recipes, rules
+from lib.dictionaries import (
+    Dictionary,
+    DictionaryConfig,
+    FitConfig,
+    fit,
+    losses,
+    matryoshka,
+    recipes,
+    rules,
+)
 from lib.dictionaries.dictionary import load_dictionaries
 from lib.dictionaries.rules import BatchTopK, Codes, Gated, JumpReLU, ReLU, Rule, TopK
 from lib.sparse import SparseActs, dense_jumprelu
@@ -231,7 +240,7 @@ def test_matryoshka_prefixes_are_the_dense_ones():
     d, dense = out.dictionary, out.dense_acts
     errors = [out.x - dense[:, :m] @ d.W_dec[:m] - d.b_dec for m in (10, 20, 40)]
     expected = torch.stack([error.square().sum(1).mean() for error in errors]).mean()
-    ours = losses.PrefixReconstruction(shares=(0.25, 0.5, 1.0))(out)
+    ours = matryoshka.PrefixReconstruction(shares=(0.25, 0.5, 1.0))(out)
     torch.testing.assert_close(ours, expected)
 
 
@@ -294,7 +303,10 @@ def test_l0_towards_a_target():
         (lambda: TopK(k=0), "need k >= 1"),
         (lambda: BatchTopK(k=2, threshold_decay=1.0), "need threshold_decay"),
         (lambda: JumpReLU(bandwidth=0.0), "need bandwidth > 0"),
-        (lambda: losses.PrefixReconstruction(shares=(0.5, 0.5, 1.0)), "need shares that ascend"),
+        (
+            lambda: matryoshka.PrefixReconstruction(shares=(0.5, 0.5, 1.0)),
+            "need shares that ascend",
+        ),
         (lambda: losses.L0(weight=1.0, target=0.0), "need target > 0"),
         (lambda: losses.L1(weight=-1.0), "need weight >= 0"),
         (lambda: losses.L1(weight=1.0, p_start_t=1.0), "need p_end .* and p_start_t"),

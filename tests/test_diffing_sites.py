@@ -5,7 +5,7 @@ import torch
 
 from lib.analysis.diffing import compare_sites
 from lib.dictionaries import Dictionary, DictionaryConfig
-from lib.dictionaries.rules import ReLU
+from lib.dictionaries.rules import BatchTopK, ReLU
 
 D = 12
 NAMES = ["shared", "only b", "only a", "rotated", "shrinkage", "decoupling", "twin", "dead"]
@@ -58,16 +58,21 @@ def test_each_kind_is_told_from_the_others(scales):
     assert reading.cosine[3].abs() < 1e-6
 
 
-def test_latent_scaling_is_the_least_squares_fit():
+@pytest.mark.parametrize("norm", ["crosscoder", "decoupled"])
+def test_latent_scaling_is_the_least_squares_fit(norm):
     """Against a fit of each latent by itself, in float64."""
     torch.manual_seed(0)
-    d = Dictionary(DictionaryConfig(site_dims=(5, 5), d_sae=9, rule=ReLU())).eval()
+    shape = {"site_dims": (5, 5), "d_sae": 9, "code_norm": norm}
+    d = Dictionary(DictionaryConfig(rule=BatchTopK(k=2), **shape)).eval()
     with torch.no_grad():
         d.b_dec.normal_()
+        d.threshold.fill_(0.5)
     x = torch.randn(300, 10)
     reading = compare_sites(d, [x[:100], x[100:]])
     z, W = d.encode(x).double().detach(), d.W_dec.double().detach()
-    x_hat = z @ W
+    parts = W.view(9, 2, 5).norm(dim=2)  # what a site decodes, by its own bound
+    on = [z * parts[:, site] > 0.5 if norm == "decoupled" else z > 0 for site in (0, 1)]
+    x_hat = torch.cat([(z * on[site]) @ W[:, 5 * site : 5 * site + 5] for site in (0, 1)], dim=1)
     left = x - d.b_dec - x_hat
     for own in (0, 1):
         for j in range(9):
@@ -76,7 +81,7 @@ def test_latent_scaling_is_the_least_squares_fit():
             betas = {}
             for at in (0, 1):
                 part = slice(5 * at, 5 * at + 5)
-                with_own = left[:, part] + torch.outer(z[:, j], W[j, part])
+                with_own = left[:, part] + torch.outer(z[:, j] * on[at][:, j], W[j, part])
                 for name, y in (("error", with_own), ("reconstruction", x_hat[:, part])):
                     fit = torch.linalg.lstsq(column, y.flatten()[:, None]).solution.item()
                     betas[name, at] = fit
@@ -84,6 +89,14 @@ def test_latent_scaling_is_the_least_squares_fit():
                 if betas[name, own] > 0:
                     ratio = betas[name, 1 - own] / betas[name, own]
                     assert getattr(reading, name)[own, j].item() == pytest.approx(ratio, abs=1e-3)
+
+
+def test_a_latent_of_a_third_site_is_of_neither():
+    torch.manual_seed(0)
+    shape = {"site_dims": (4, 4, 4), "d_sae": 9, "exclusive": (1, 1, 2)}
+    d = Dictionary(DictionaryConfig(rule=ReLU(), **shape)).eval()
+    kinds = compare_sites(d, [torch.randn(400, 12)]).kinds()
+    assert [kind == "neither" for kind in kinds] == [False, False, True, True] + 5 * [False]
 
 
 def test_sites_that_cannot_be_compared():

@@ -596,3 +596,14 @@ def test_crosscoders_that_cannot_be_read(tmp_path):
         torch.save(state | extra, tmp_path / "ae.pt")
         with pytest.raises(ValueError, match="need a crosscoder's"):
             interop.from_crosscoder(tmp_path, code_norm="crosscoder")
+    for extra, message in (
+        ({"threshold": torch.ones(2), "k": torch.tensor(3)}, "need k and a threshold"),
+        ({"threshold": torch.ones(())}, "need k and a threshold"),
+        ({"encoder.bias": torch.full((20,), torch.nan)}, "NaN"),
+    ):
+        torch.save(state | extra, tmp_path / "ae.pt")
+        with pytest.raises(ValueError, match=message):
+            interop.from_crosscoder(tmp_path, code_norm="crosscoder")
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="damaged"):
+        interop.from_crosscoder(tmp_path, code_norm="crosscoder")

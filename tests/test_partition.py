@@ -12,13 +12,14 @@ import torch
 
 from lib.dictionaries import Dictionary, DictionaryConfig, FitConfig, fit, recipes
 from lib.dictionaries.crosscoder import DifferenceReconstruction, ExclusiveL1, delta
+from lib.dictionaries.interop import to_sae_lens
 from lib.dictionaries.partition import exclusive_sizes, parts
-from lib.dictionaries.rules import BatchTopK, JumpReLU, ReLU, TopK
+from lib.dictionaries.rules import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from lib.dictionaries.trainer import DictionaryTrainer
 
 DIMS, SIZES, D_SAE = (6, 10), (4, 6), 32
 SHAPE = {"site_dims": DIMS, "d_sae": D_SAE, "exclusive": SIZES}
-RULES = [ReLU(), JumpReLU(threshold=0.3), TopK(k=4), BatchTopK(k=4)]
+RULES = [ReLU(), Gated(), JumpReLU(threshold=0.3), TopK(k=4), BatchTopK(k=4)]
 
 
 def made(rule=None, seed=0, **options) -> Dictionary:
@@ -79,6 +80,48 @@ def test_nothing_leaks_whatever_happened_to_the_weights(rule, tied, tmp_path):
     if not isinstance(rule, TopK):
         few = spoil(d).narrowed(torch.tensor([0, 5, 20]))
         torch.testing.assert_close(few.encode(x), d.encode(x)[:, [0, 5, 20]])
+
+
+def test_what_is_exported_or_folded_does_not_leak():
+    d = spoil(made(JumpReLU(threshold=0.3), apply_b_dec_to_input=False)).eval()
+    right = copy.deepcopy(d)
+    right(torch.zeros(1, 16))  # zeros are in memory now
+    mean, scale = torch.randn(16), torch.tensor([0.5] * 6 + [2.0] * 10)
+    x = torch.randn(40, 16)
+    folded = spoil_forbidden(copy.deepcopy(d)).folded(mean, scale)
+    torch.testing.assert_close(folded.encode(x), right.encode((x - mean) * scale))
+    exported = to_sae_lens(spoil_forbidden(d))
+    assert exported.W_dec[:4, 6:].abs().max() == 0 == exported.W_enc[:6, 4:10].abs().max()
+
+
+def spoil_forbidden(d: Dictionary) -> Dictionary:
+    with torch.no_grad():
+        d.W_dec[:4, 6:], d.W_dec[4:10, :6] = 3, 3
+        d.W_enc[6:, :4], d.W_enc[:6, 4:10] = 3, 3
+    return d
+
+
+def test_gradients_of_others_are_left_alone():
+    """Autograd may hand one gradient to two consumers."""
+    d = made()
+    leaf = torch.randn(D_SAE, 16, requires_grad=True)
+    (d.decoder_rows + leaf).sum().backward()
+    assert (leaf.grad == 1).all() and d.W_dec.grad[:4, 6:].abs().max() == 0
+
+
+def test_a_resampled_exclusive_latent_is_of_its_own_site():
+    recipe = recipes.standard_resample(l1=0.1)
+    it = trainer(recipe, n_steps=10, dead_after=1, normalize="none")
+    with torch.no_grad():
+        it.dictionary.b_enc.fill_(-9)
+    for i, batch in enumerate(batches(2)):
+        it.tokens_since_fired.fill_(10_000)
+        it.step(i, batch)
+    d = it.dictionary  # at step 2 of 10 all were resampled
+    assert d.integrity() == 0
+    torch.testing.assert_close(d.W_dec.norm(dim=1), torch.ones(D_SAE))
+    sizes = d.encoder_rows.norm(dim=1)
+    torch.testing.assert_close(sizes, sizes[:1].expand(D_SAE))
 
 
 def test_integrity_sees_a_leak(monkeypatch):
@@ -164,6 +207,7 @@ def test_resume_and_statistics_of_the_parts(tmp_path):
     assert d.integrity() == 0 == leak(d)
     last = whole.history[-1]
     assert set(parts(SIZES, D_SAE)) == {"only 0", "only 1", "shared"}
+    assert all(last[f"dead {name}"] == 0 for name in parts(SIZES, D_SAE))
     by_part = sum(last[f"l0 {name}"] for name in parts(SIZES, D_SAE))
     assert by_part == pytest.approx(last["l0"], rel=1e-6)
 
@@ -202,7 +246,8 @@ def test_decoupled_sites_keep_their_own(exclusive, tmp_path):
     d = spoil(made(**shape)).double().train()
     x = 2 * torch.randn(60, 16, dtype=torch.float64)
     for _ in range(3):
-        acts = d.encode_training(x).acts
+        codes = d.encode_training(x)
+    acts, bounds = codes.acts, codes.bounds
     W, pre, norms = d.decoder_rows, d.pre_acts(x).relu(), d.site_norms()
     x_hat = []
     for site, part in enumerate(W.split(DIMS, dim=1)):
@@ -211,8 +256,10 @@ def test_decoupled_sites_keep_their_own(exclusive, tmp_path):
         torch.testing.assert_close(d.smallest[site], bound)
         x_hat.append((pre * (scores >= bound)) @ part)
     right = torch.cat(x_hat, dim=1) + d.b_dec
-    torch.testing.assert_close(d.decode(acts), right)
-    ours = torch.autograd.grad(d.decode(acts).square().sum(), [d.W_enc, d.W_dec], retain_graph=True)
+    torch.testing.assert_close(d.decode(acts, bounds), right)
+    ours = torch.autograd.grad(
+        d.decode(acts, bounds).square().sum(), [d.W_enc, d.W_dec], retain_graph=True
+    )
     dense = torch.autograd.grad(right.square().sum(), [d.W_enc, d.W_dec])
     torch.testing.assert_close(ours, dense)
     d.eval()
@@ -263,6 +310,7 @@ def test_terms_on_the_difference_and_on_exclusive_latents():
         ({"site_scales": (1.0,)}, "site_scales"),
         ({"code_norm": "both"}, "code_norm"),
         ({"code_norm": "decoupled", "rule": ReLU()}, "BatchTopK"),
+        ({"code_norm": "mixed", "mix": (0.0, 0.0)}, "mix"),
     ],
 )
 def test_shapes_that_cannot_be(options, message):
@@ -285,4 +333,10 @@ def test_recipes_that_mean_nothing_are_refused():
             site_dims=DIMS, d_sae=D_SAE
         )
     with pytest.raises(ValueError, match="k_start"):
-        recipes.topk(k=4, k_start=2)
+        recipes.topk(k=4, k_start=0)
+    with pytest.raises(ValueError, match="one width"):  # by hand, past the recipe
+        DictionaryTrainer(
+            DictionaryConfig(site_dims=DIMS, d_sae=D_SAE, rule=BatchTopK(k=4)),
+            delta(k=4),
+            FitConfig(n_steps=3),
+        )

@@ -29,7 +29,6 @@ class Bounds(Protocol):
     """Moving average of the smallest score that was kept, for inference."""
     smallest: Tensor
     """The smallest that was kept last."""
-    training: bool
 
     def code_norms(self) -> Float[Tensor, "d_sae"]: ...
 
@@ -95,21 +94,22 @@ def decode_by_site(
     acts: SparseActs | Float[Tensor, "*batch d_sae"],
     rows: tuple[Tensor, ...],
     d: Bounds,
+    bounds: Float[Tensor, "n_sites"] | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
-    """Each site from the latents that pass its own bound: in training the last batch's.
+    """Each site from the latents that pass its threshold, or reach its bound in training.
 
     Args:
         rows: each site's decoder rows `[d_sae d_site]`.
     """
 
     def on(scores: Tensor, site: int) -> Bool[Tensor, "..."]:
-        return scores >= d.smallest[site] if d.training else scores > d.threshold[site]
+        return scores > d.threshold[site] if bounds is None else scores >= bounds[site]
 
     sites, norms = [], d.site_norms()
     for site, part in enumerate(rows):
         if isinstance(acts, SparseActs):
             own = acts.where(on(acts.values * norms[site][acts.indices], site))
-            sites.append(sparse_decode(own, part.contiguous()))
+            sites.append(sparse_decode(own, part))
         else:
             sites.append(torch.where(on(acts * norms[site], site), acts, 0) @ part)
     return torch.cat(sites, dim=-1)

@@ -67,8 +67,13 @@ class DictionaryConfig:
         n_sites = len(self.out_dims or self.site_dims)
         if self.site_scales and (len(self.site_scales) != n_sites or min(self.site_scales) <= 0):
             raise ValueError(f"need {n_sites} site_scales > 0, got {self.site_scales}")
-        if self.code_norm == "decoupled" and type(self.rule) is not BatchTopK:
-            raise ValueError(f"need the rule BatchTopK for decoupled norms, got {self.rule}")
+        decoupled = self.code_norm == "decoupled"
+        if decoupled and (type(self.rule) is not BatchTopK or self.out_dims is not None):
+            raise ValueError(
+                f"need the rule BatchTopK and no transcoder for decoupled norms, got {self.rule}"
+            )
+        if len(self.mix) != 2 or min(self.mix) < 0 or not 0 < sum(self.mix) < math.inf:
+            raise ValueError(f"need two weights >= 0 as mix, not both 0; got {self.mix}")
         if self.exclusive:
             if self.out_dims is not None or n_sites < 2:
                 raise ValueError("need exclusive latents in a crosscoder of two or more sites")

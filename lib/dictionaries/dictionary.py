@@ -11,16 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lib.dictionaries import format
 from lib.dictionaries.batchtopk import decode_by_site
 from lib.dictionaries.config import DictionaryConfig, code_norms, site_norms
+from lib.dictionaries.folding import fold_normalizer
 from lib.dictionaries.partition import Block, forbidden, held, leak
-from lib.dictionaries.rules import BatchTopK, Codes
+from lib.dictionaries.rules import Codes
 from lib.sparse import Scan, SparseActs, active_pre_acts, sparse_decode
-from lib.sparse.ops import rows_in_cache, rows_of
+from lib.sparse.ops import columns_of, rows_in_cache, rows_of
 from lib.sparse.screen import tokens_at_once
 
 
@@ -135,14 +136,22 @@ class Dictionary(nn.Module):
             pre = active_pre_acts(x, rows, self.b_enc, self.b_in, active)
             codes = rule.sparse(pre, self)
         codes.encoder_rows = rows
+        if self.config.code_norm == "decoupled":
+            codes.bounds = self.smallest.clone()
         return codes
 
     def decode(
-        self, acts: SparseActs | Float[Tensor, "*batch d_sae"]
+        self,
+        acts: SparseActs | Float[Tensor, "*batch d_sae"],
+        bounds: Float[Tensor, "n_sites"] | None = None,
     ) -> Float[Tensor, "*batch d_out"]:
+        """
+        Args:
+            bounds: in training with decoupled norms, those of `Codes`.
+        """
         if self.config.code_norm == "decoupled":
-            rows = self.decoder_rows.split(self.config.site_dims, dim=1)
-            return decode_by_site(acts, rows, self) + self.b_dec
+            rows = columns_of(self.decoder_rows, self.config.site_dims)
+            return decode_by_site(acts, rows, self, bounds) + self.b_dec
         if isinstance(acts, SparseActs):
             return sparse_decode(acts, self.decoder_rows) + self.b_dec
         return acts @ self.decoder_rows + self.b_dec
@@ -172,6 +181,12 @@ class Dictionary(nn.Module):
             norms.append(torch.linalg.vector_norm(part, dim=1))  # the whole would be one thread's
         return torch.linalg.vector_norm(torch.cat(norms))
 
+    def written_at(self, acts: SparseActs, site: int) -> Bool[Tensor, "nnz"]:
+        """Which pairs a site writes: all, or with decoupled norms those that pass its bound."""
+        if self.config.code_norm != "decoupled":
+            return torch.ones_like(acts.indices, dtype=torch.bool)
+        return acts.values * self.site_norms()[site][acts.indices] > self.threshold[site]
+
     @torch.no_grad()
     def integrity(self) -> float:
         """The most that a partition leaks, see `partition.leak`; exactly 0."""
@@ -189,42 +204,7 @@ class Dictionary(nn.Module):
             ValueError: a transcoder, whose output would need a normaliser of its own; decoupled
                 norms under a scale that differs within a site.
         """
-        if self.config.out_dims is not None:
-            raise ValueError("cannot fold a normaliser into a transcoder; fit it without one")
-        uniform = bool((scale == scale[0]).all())
-        sites = scale.split(self.config.site_dims)
-        by_site = all(bool((site == site[0]).all()) for site in sites)
-        if self.config.code_norm == "decoupled" and not by_site:
-            raise ValueError("cannot fold per_dim into decoupled norms; fit with mean_norm")
-        config = replace(
-            self.config,
-            unit_norm_decoder=self.config.unit_norm_decoder and uniform,
-            tied=self.config.tied and uniform,
-            code_norm=self.config.code_norm if by_site else "none",
-        )
-        if by_site and not uniform:
-            before = self.config.site_scales or [1.0] * len(sites)
-            scales = (site[0].item() * old for site, old in zip(sites, before, strict=True))
-            config = replace(config, site_scales=tuple(scales))
-        other = copy.deepcopy(self)
-        other.config = config
-        if self.config.tied and not config.tied:
-            other.W_enc = nn.Parameter(self.W_dec.clone().T)
-        if not by_site and isinstance(config.rule, BatchTopK):  # whose ranks must stay
-            norms = self.code_norms()
-            other.W_enc *= norms
-            other.b_enc *= norms
-            other.W_dec /= norms[:, None]
-        other.b_dec.copy_(mean + self.b_dec / scale)
-        if not config.apply_b_dec_to_input:
-            config.rule.shift_(other, (mean * scale) @ other.W_enc)
-        if uniform:
-            rule = config.rule.rescale_(other, 1 / scale[0].item())
-            other.config = replace(config, rule=rule)
-        else:
-            other.W_enc *= scale[:, None]
-            other.W_dec /= scale
-        return other
+        return fold_normalizer(self, mean, scale)
 
     @torch.no_grad()
     def narrowed(self, latents: Int[Tensor, " few"]) -> "Dictionary":
@@ -234,7 +214,7 @@ class Dictionary(nn.Module):
             ValueError: a TopK dictionary, where a latent's activation depends on all the others.
         """
         rule, kept = self.config.rule.narrowed(len(latents)), {}
-        self._hold()
+        self.held_state()
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             part, is_buffer = tensor.data, not isinstance(tensor, nn.Parameter)
             if name == "W_enc":
@@ -246,9 +226,15 @@ class Dictionary(nn.Module):
         other.config = replace(self.config, d_sae=len(latents), rule=rule, exclusive=())
         return other.eval()
 
+    def held_state(self) -> dict[str, Tensor]:
+        """Tensors by name, after a partition's zeros were written into the weights."""
+        for rows in (self.W_dec, self.W_enc.T):
+            held(rows.detach(), self._forbidden)
+        return self.state_dict()
+
     def save(self, folder: str | Path) -> Path:
         """Write `cfg.json` and `sae_weights.safetensors`, which sae-lens reads (one site)."""
-        return format.write(Path(folder), self.config, self._hold())
+        return format.write(Path(folder), self.config, self.held_state())
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
@@ -270,12 +256,6 @@ class Dictionary(nn.Module):
     @property
     def _forbidden(self) -> tuple[Block, ...]:
         return forbidden(self.config.exclusive, self.config.site_dims)
-
-    def _hold(self) -> dict[str, Tensor]:
-        """Tensors by name, after a partition's zeros were written into the weights."""
-        for rows in (self.W_dec, self.W_enc.T):
-            held(rows.detach(), self._forbidden)
-        return self.state_dict()
 
     def _scan(self, x: Float[Tensor, "n d_in"]) -> Scan:
         x = x - self.b_in if self.config.apply_b_dec_to_input else x

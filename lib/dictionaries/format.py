@@ -149,6 +149,7 @@ def sae_lens_tensors(config: DictionaryConfig, state: dict[str, Tensor]) -> dict
     if isinstance(rule, BatchTopK):
         by_site = config.code_norm == "decoupled"  # a latent fires where any site keeps it
         norms = (site_norms if by_site else code_norms)(config, state["W_dec"])
+        norms = norms.clamp(min=1e-12) if by_site else norms
         bounds = state["threshold"][..., None] / norms
         tensors["threshold"] = bounds.amin(0) if by_site else bounds
     return tensors
@@ -198,7 +199,11 @@ def checked_state(
     if isinstance(rule, JumpReLU):
         state["log_threshold"] = weights["threshold"].clamp(min=1e-30).log()
     if isinstance(rule, BatchTopK):
-        state["threshold"] = torch.tensor(threshold)
+        found = torch.tensor(threshold, dtype=torch.float32)
+        sites = (len(config.site_dims),) if config.code_norm == "decoupled" else ()
+        if found.shape != sites or not found.isfinite().all():
+            raise ValueError(f"{where}: need a finite threshold of shape {sites}, got {threshold}")
+        state["threshold"] = found
     return state
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -76,7 +77,8 @@ def to_sae_lens(dictionary: Dictionary) -> nn.Module:
     """The sae-lens SAE or transcoder of what `Dictionary.save` writes; several sites become one.
 
     Raises:
-        ValueError: a TopK or Gated transcoder between widths, which sae-lens does not have.
+        ValueError: a TopK or Gated transcoder between widths, or decoupled norms, which sae-lens
+            does not have.
     """
     from sae_lens import SAE
 
@@ -84,7 +86,9 @@ def to_sae_lens(dictionary: Dictionary) -> nn.Module:
     if d.d_in != d.d_out and isinstance(d.config.rule, Gated | TopK):
         rule = type(d.config.rule).__name__
         raise ValueError(f"sae-lens has no {rule} transcoder, got one from {d.d_in} to {d.d_out}")
-    state = d.state_dict()
+    if d.config.code_norm == "decoupled":
+        raise ValueError("sae-lens has no decoupled norms: its SAE would write other sites")
+    state = d.held_state()
     sae = SAE.from_dict(format.sae_lens_config(d.config, state))
     tensors = format.sae_lens_tensors(d.config, state)
     sae.load_state_dict({name: value.float() for name, value in tensors.items()})
@@ -189,7 +193,10 @@ def from_crosscoder(folder: str | Path, *, code_norm: str = "", revision: str = 
         raise FileNotFoundError(f"need model.safetensors or ae.pt in crosscoder folder {folder}")
     saved = json.loads(files[2].read_text()) if files[2].is_file() else {}
     options = {**saved, **saved.get("trainer", {})}
-    state = load_file(file) if file.suffix == ".safetensors" else _plain_tensors(file)
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else _plain_tensors(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
     state = {name.removeprefix("_orig_mod."): value.float() for name, value in state.items()}
     kind = _CODE_NORMS.get(int(state.pop("code_normalization_id", 0)), code_norm)
     if not kind:
@@ -202,6 +209,12 @@ def from_crosscoder(folder: str | Path, *, code_norm: str = "", revision: str = 
     if shapes != needed:
         raise ValueError(f"{file}: need a crosscoder's {sorted(needed)} alone, got {shapes}")
     alphas = (("code_normalization_alpha_sae", 1.0), ("code_normalization_alpha_cc", 0.1))
+    bounds = (n,) if kind == "decoupled" else ()
+    if (k is None) != (threshold is None) or (k is not None and threshold.shape != bounds):
+        raise ValueError(f"{file}: need k and a threshold {bounds}, got {k} and {threshold}")
+    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{file}: NaN or infinite values in {bad}")
     config = DictionaryConfig(
         site_dims=(d,) * n,
         d_sae=d_sae,

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lib.sparse.ops import own
+
 
 @runtime_checkable
 class Crosscoder(Protocol):
@@ -85,6 +87,7 @@ class _Held(torch.autograd.Function):
                 values[(latents >= rows.start) & (latents < rows.stop), columns] = 0
             where, options = grad.indices(), {"check_invariants": False, "is_coalesced": True}
             return torch.sparse_coo_tensor(where, values, grad.shape, **options), None
+        grad = own(grad)  # autograd may have handed it to others too
         for block in ctx.blocks:
             grad[block] = 0
         return grad, None

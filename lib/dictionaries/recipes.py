@@ -17,9 +17,9 @@ from lib.dictionaries.losses import (
     GateL1,
     GateReconstruction,
     GhostGradients,
-    PrefixReconstruction,
     Reconstruction,
 )
+from lib.dictionaries.matryoshka import PrefixReconstruction
 from lib.dictionaries.rules import (
     BatchTopK,
     Gated,
@@ -69,8 +69,7 @@ class Recipe:
         """
         config = DictionaryConfig(rule=self.rule, **shape)
         for term in self.terms:
-            if hasattr(term, "check"):
-                term.check(config)
+            losses.check(term, config)
         return config
 
     def to_json(self) -> dict:

@@ -45,6 +45,8 @@ class Codes:
 
     encoder_rows: Float[Tensor, "d_sae d_in"]
     """The encoder in this step's graph: gradients of few rows join the others here at no cost."""
+    bounds: Float[Tensor, "n_sites"] | None = None
+    """Of decoupled norms: the smallest score that each site kept."""
 
     def __init__(
         self,
@@ -198,7 +200,8 @@ class Annealed(Rule):
 
     def __post_init__(self) -> None:
         require_at_least(1, k=self.k)
-        if (self.k_start or self.k) < self.k or not 0 < self.k_anneal <= 1:
+        start = self.k if self.k_start is None else self.k_start
+        if start < self.k or not 0 < self.k_anneal <= 1:
             raise ValueError(f"need k_start >= k and k_anneal in (0, 1], got {self}")
 
     def k_at(self, progress: float) -> int:

@@ -9,15 +9,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.activations.moments import Normalizer
+from lib.dictionaries import losses
 from lib.dictionaries.config import DictionaryConfig, FitConfig, config_to_json
 from lib.dictionaries.dictionary import Dictionary
 from lib.dictionaries.losses import StepOutput
-from lib.dictionaries.partition import parts
+from lib.dictionaries.partition import forbidden, parts
 from lib.dictionaries.recipes import Recipe
 from lib.runtime import resolve_dtype
 from lib.sparse import SparseActs
 from lib.training import Feed, distributed
 from lib.training.optim import OPTIMIZERS
+
+LATER = {"mix": (1.0, 0.1), "site_scales": (), "exclusive": (), "k_start": None, "k_anneal": 0.3}
+"""Fields that older checkpoints lack, and what stands for that."""
 
 
 class DictionaryTrainer:
@@ -40,13 +44,16 @@ class DictionaryTrainer:
 
         Raises:
             ValueError: a rule that differs from the recipe's, a normaliser for a transcoder, hook
-                names that are not among the sites, or sites of other widths.
+                names that are not among the sites, sites of other widths, or a loss term that
+                means nothing for the dictionary.
         """
         if config.rule != recipe.rule:
             raise ValueError(
                 f"need the recipe's rule {recipe.rule}, got {config.rule}; "
                 "make the config with recipe.dictionary(...)"
             )
+        for term in recipe.terms:
+            losses.check(term, config)
         if config.out_dims is not None and fit.normalize != "none":
             raise ValueError("need normalize 'none' for a transcoder")
         self.recipe, self.fit, self.n_steps = recipe, fit, fit.n_steps
@@ -161,6 +168,10 @@ class DictionaryTrainer:
         for harmless in ("log_every", "checkpoint_every"):
             del optimisation[harmless]
         config, recipe = config_to_json(self.dictionary.config), self.recipe.to_json()
+        for saved in (config, config["rule"], recipe["rule"]):  # checkpoints from before these
+            for name, default in LATER.items():
+                if saved.get(name, default) == default:
+                    saved.pop(name, None)
         return {"fit": optimisation, "dictionary": config, "recipe": recipe}
 
     def facts(self) -> dict:
@@ -222,7 +233,7 @@ class DictionaryTrainer:
         target = x if d.config.out_dims is None else target
         d.progress = t
         codes = d.encode_training(x)
-        return StepOutput(d, x, target, d.decode(codes.acts), codes, self._dead(), t)
+        return StepOutput(d, x, target, d.decode(codes.acts, codes.bounds), codes, self._dead(), t)
 
     @torch.no_grad()
     def _resample(self, out: StepOutput) -> None:
@@ -233,12 +244,13 @@ class DictionaryTrainer:
         chances = distributed.gather_rows(out.error.square().sum(1)).square().double().cpu()
         drawn = chances.multinomial(len(dead), replacement=True, generator=self.generator)
         rows = distributed.gather_rows(out.target)[drawn.to(dead.device)] - d.b_dec
+        for latents, columns in forbidden(d.config.exclusive, d.config.site_dims):
+            rows[(dead >= latents.start) & (dead < latents.stop), columns] = 0
         rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
         alive = torch.ones(d.d_sae, dtype=torch.bool, device=dead.device)
         alive[dead] = False
         size = d.encoder_rows[alive].norm(dim=1).mean() if alive.any() else 1.0
         d.W_dec[dead] = rows
-        d.normalize_decoder_()  # a partition takes away what rows hold of other sites
         d.b_enc[dead] = 0
         if not d.config.tied and d.d_in == d.d_out:
             d.W_enc[:, dead] = (rows * size * self.recipe.resample.encoder_scale).T

@@ -87,6 +87,12 @@ def release(matrix: Tensor | None) -> None:
         free.append(matrix.data)
 
 
+def own(matrix: Tensor) -> Tensor:
+    """A matrix that may be written into: itself where it is borrowed, else a copy."""
+    lent = _pools and matrix.data_ptr() in _pools[-1].lent
+    return matrix if lent else matrix.clone()
+
+
 @cache
 def triton() -> ModuleType:
     """The Triton twins, loaded when first needed: slow to import, and not on every platform."""
@@ -107,6 +113,25 @@ class _Rows(torch.autograd.Function):
 def rows_of(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_sae d_in"]:
     """`W_enc.T`, through which sparse gradients pass; free where dense ones are there to join."""
     return _Rows.apply(W_enc)
+
+
+class _Columns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, widths):
+        return tuple(part.contiguous() for part in rows.split(widths, dim=1))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        whole = torch.cat(grads, dim=1)
+        for grad in grads:
+            release(grad)
+        return whole, None
+
+
+def columns_of(rows: Float[Tensor, "m d"], widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """`rows` cut into blocks of columns, each contiguous; takes their gradients' buffers back."""
+    return _Columns.apply(rows, widths)
 
 
 def active_pre_acts(

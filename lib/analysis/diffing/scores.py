@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lib.data.corpus import Corpus
 from lib.models.patched import TextRows
-from lib.models.sites import read, replace
+from lib.models.sites import read, replace, require_eval
 from lib.world import CONCEPTS, concept_matrix
 
 Move = Callable[[Float[Tensor, "n d"], Float[Tensor, "n d"]], Float[Tensor, "n d"]]
@@ -77,8 +77,11 @@ def gap_closed(
         counted: tokens whose predictions count; None: all.
 
     Raises:
-        ValueError: no prediction is counted, or the models agree on all of them.
+        ValueError: no prediction is counted, the models agree on all of them, or one is in
+            training mode.
     """
+    for model in (a, b):
+        require_eval(model)
     sums = torch.zeros(len(moves) + 1, dtype=torch.double)
     for start in range(0, len(corpus.ids), batch_rows):
         rows = TextRows.of(corpus, slice(start, start + batch_rows), False)

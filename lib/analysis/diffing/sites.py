@@ -4,9 +4,11 @@ A latent that one site seems not to have may be there all the same: in what the 
 that site (complete shrinkage), or written by other latents (decoupling). Latent scaling tells: how
 much of the latent's own direction, when it fires, does the other site's error or reconstruction
 hold? Source: Minder et al. 2025, arXiv:2504.02922; relative norms: Lindsey et al. 2024, Sparse
-Crosscoders (Transformer Circuits). All is in the unit of training (`DictionaryConfig.site_scales`).
+Crosscoders (Transformer Circuits). All is in the unit of training (`DictionaryConfig.site_scales`),
+and in the raw one of a dictionary that was trained with `per_dim`.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from lib.dictionaries import Dictionary, SparseActs
 from lib.sparse.ops import dots_at, sum_by_latent
 
-KINDS = ("dead", "shared", "only a", "only b", "rotated", "shrinkage", "decoupling")
+KINDS = ("dead", "neither", "shared", "only a", "only b", "rotated", "shrinkage", "decoupling")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class SiteReading:
     """
 
     relative_norm: Float[Tensor, "d_sae"]
-    """‖d_b‖ / (‖d_a‖ + ‖d_b‖): 0 only a, 1 only b."""
+    """‖d_b‖ / (‖d_a‖ + ‖d_b‖): 0 only a, 1 only b; NaN where both are zero."""
     cosine: Float[Tensor, "d_sae"]
     """Of the two decoder rows; 0 where one is zero."""
     error: Float[Tensor, "2 d_sae"]
@@ -45,7 +47,7 @@ class SiteReading:
         """One of `KINDS` for each latent.
 
         `rotated` latents write something of its own at either site. `shrinkage` and `decoupling`
-        are exclusive by norm alone.
+        are exclusive by norm alone. `neither`: latents of a third site.
 
         Args:
             norm: relative norm above which (or below 1 - `norm`) a latent seems exclusive.
@@ -58,6 +60,8 @@ class SiteReading:
             exclusive = max(share, 1 - share) > norm
             if self.n_firings[j] < min_firings:
                 found.append("dead")
+            elif math.isnan(share):
+                found.append("neither")
             elif exclusive and missing[own, j]:
                 found.append(("only a", "only b")[own])
             elif exclusive:
@@ -99,12 +103,14 @@ def compare_sites(
     squares = [part.square().sum(1).double() for part in rows]
     product = (rows[0] * rows[1]).sum(1).double()
     error, written = torch.zeros(2, 2, 2, crosscoder.d_sae, dtype=torch.double)
-    energy = torch.zeros(crosscoder.d_sae, dtype=torch.double)
+    energy = torch.zeros(2, crosscoder.d_sae, dtype=torch.double)  # of what each site writes
     n_firings = torch.zeros(crosscoder.d_sae, dtype=torch.long)
     for x in batches:
         acts = crosscoder.encode_sparse(x)
         x_hat = crosscoder.decode(acts)
-        energy += sum_by_latent(acts, acts.values.square()).double().cpu()
+        for at, site in enumerate(sites):
+            on = crosscoder.written_at(acts, site)
+            energy[at] += sum_by_latent(acts, acts.values.square() * on).double().cpu()
         n_firings += torch.bincount(acts.indices, minlength=crosscoder.d_sae).cpu()
         left = (x.to(x_hat) - x_hat).split(dims, dim=1)
         made = (x_hat - crosscoder.b_dec).split(dims, dim=1)
@@ -116,10 +122,10 @@ def compare_sites(
     if not energy.any():
         raise ValueError("need a batch in which a latent fires, got none")
     for own in (0, 1):
-        error[own, own] += energy * squares[own].cpu()
-        error[own, 1 - own] += energy * product.cpu()
+        error[own, own] += energy[own] * squares[own].cpu()
+        error[own, 1 - own] += energy[1 - own] * product.cpu()
     norms = [square.sqrt() for square in squares]
-    total = (norms[0] + norms[1]).clamp(min=1e-12)
+    total = norms[0] + norms[1]
     cosine = product / (norms[0] * norms[1]).clamp(min=1e-12)
     return SiteReading(
         (norms[1] / total).float().cpu(),

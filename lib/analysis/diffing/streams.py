@@ -21,8 +21,9 @@ class StreamDifference:
     """Coordinates on `components`."""
     mean: Float[Tensor, " d"]
     by_position: Float[Tensor, "n_positions d"]
-    """Mean over the tokens at each of the first places of a row. A narrow fine-tune shows there,
-    whatever the text says. Source: Minder et al. 2025, Activation Difference Lens."""
+    """Mean over the tokens at each of the first places of a row, NaN where none was harvested. A
+    narrow fine-tune shows there, whatever the text says. Source: Minder et al. 2025, Activation
+    Difference Lens."""
     components: Float[Tensor, "k d"]
     """Principal components of the difference about 0, of norm 1, the strongest first; signed so
     that the mean coordinate is positive."""
@@ -61,12 +62,12 @@ def stream_difference(
     components = vectors.flip(1)[:, :k].T.float()
     along = difference @ components.T
     signs = torch.where(along.mean(0) < 0, -1.0, 1.0)
-    by_position = [difference[at == i].mean(0) for i in range(n_positions) if (at == i).any()]
+    by_position = [difference[at == i].mean(0) for i in range(n_positions)]  # NaN of none
     return StreamDifference(
         difference.norm(dim=1) / torch.cat(before).clamp(min=1e-12),
         along * signs,
         difference.mean(0),
-        torch.stack(by_position) if by_position else difference[:0],
+        torch.stack(by_position),
         components * signs[:, None],
         (values.flip(0)[:k] / total).float(),
     )
