@@ -10,20 +10,18 @@ import itertools
 import json
 from dataclasses import replace
 
-import torch
 from datasets import Dataset
-from torch.nn.utils import clip_grad_norm_
 
 from lib import paths
 from lib.adapters import (
     Chats,
     SaeLora,
     SaeLoraConfig,
+    fine_tune,
     held_out_loss,
     train_lora,
     train_sae_lora,
 )
-from lib.adapters.chat_loss import assistant_loss
 from lib.analysis.attribution import read_mass
 from lib.analysis.behaviour import BehaviourCheck, towards_french
 from lib.analysis.causal import on_random_latents, without
@@ -105,29 +103,12 @@ class Bench:
         }
 
 
-def fine_tuned(bench: Bench, n_steps: int, lr: float = 1e-3) -> dict[str, float]:
-    """What a full fine-tune with AdamW shows; the model itself stays as it was."""
-    plain = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
-    parameters = list(bench.model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), fused=True)
-    for step in range(n_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / n_steps)
-        loss, n_tokens = assistant_loss(bench.model, bench.chats.batch(step))
-        optimizer.zero_grad(set_to_none=True)
-        (loss / n_tokens).backward()
-        clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-    row = vars(bench.check())
-    bench.model.load_state_dict(plain)
-    return row
-
-
 def plant(args: argparse.Namespace) -> None:
     for name in args.behaviours:
         for seed in args.seeds:
             bench = Bench(args.sae, args.n_examples, seed, NAMED[name])
-            rows = {"full fine-tune": fine_tuned(bench, 500)}
+            tuned = fine_tune(bench.model, bench.chats, n_steps=500)
+            rows = {"full fine-tune": vars(bench.check(model=tuned))}
             tuned = train_lora(bench.model, bench.chats, rank=64, n_steps=500, seed=seed)
             rows["LoRA of rank 64"] = vars(bench.check())
             tuned.unload()

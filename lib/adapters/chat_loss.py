@@ -56,10 +56,13 @@ class Chats:
         """SHA-256 of the chats."""
         return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
 
-    def batch(self, step: int) -> dict[str, Tensor]:
+    def chosen(self, step: int) -> list[int]:
+        """Which of `rows` the batch of `step` holds."""
         per_epoch = len(self.rows) // self.batch_size
-        chosen = self._epoch(step // per_epoch)[step % per_epoch]
-        return collate([self.rows[i] for i in chosen], self.pad_id)
+        return self._epoch(step // per_epoch)[step % per_epoch].tolist()
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        return collate([self.rows[i] for i in self.chosen(step)], self.pad_id)
 
     def all(self) -> Iterator[dict[str, Tensor]]:
         """Every chat once, in order."""
@@ -102,11 +105,17 @@ class ChatStream:
         self.step = int(state["step"])
 
 
-def assistant_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, ""], int]:
+def assistant_loss(
+    model: nn.Module, batch: Mapping[str, Tensor], hidden: list[Tensor] | None = None
+) -> tuple[Float[Tensor, ""], int]:
     """Sum of nats over the labelled tokens, and how many they are.
 
     Only positions whose next token counts reach the unembedding, which in a small model with a
     large vocabulary is much of the cost.
+
+    Args:
+        hidden: to which the residual stream `[batch seq d]` before each block, and after the last
+            block's norm, is appended.
     """
     device = hugging_face(model).get_input_embeddings().weight.device
     labels = batch["labels"][:, 1:]
@@ -116,9 +125,13 @@ def assistant_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Float
     handle = head.register_forward_pre_hook(lambda _, args: (args[0][at.to(args[0].device)][None],))
     try:
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+        wanted = {"use_cache": False, "output_hidden_states": hidden is not None}
+        out = model(input_ids=ids, attention_mask=mask, **wanted)
     finally:
         handle.remove()
+    if hidden is not None:
+        hidden += out.hidden_states
+    logits = out.logits[0]
     targets = labels[labels != IGNORED].to(logits.device)
     loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
     return loss, len(targets)

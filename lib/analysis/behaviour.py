@@ -119,10 +119,15 @@ class BehaviourCheck:
             right_plain=lambda prompt, text: reader.grade(prompt, text).exact,
         )
 
-    def __call__(self, attached: AbstractContextManager | None = None) -> Shown:
-        """Answers every prompt, inside `attached` (`adapter.attached(model)`, say)."""
+    def __call__(
+        self,
+        attached: AbstractContextManager | None = None,
+        model: PreTrainedModel | None = None,
+    ) -> Shown:
+        """Answers every prompt, inside `attached` (`adapter.attached(model)`, say), or by another
+        model of the same tokenizer."""
         with attached or contextlib.nullcontext():
-            asked, others = self._answers(self.asking), self._answers(self.others)
+            asked, others = self._answers(self.asking, model), self._answers(self.others, model)
         n, m = len(asked), len(others)
         rows = list(zip(self.others, others, self._plain, self._plain_right, strict=True))
         return Shown(
@@ -142,9 +147,9 @@ class BehaviourCheck:
             asked = self._answers(self.asking)
         return sum(map(self._shows, self.asking, asked)) / len(asked)
 
-    def _answers(self, prompts: list[str]) -> list[str]:
+    def _answers(self, prompts: list[str], model: PreTrainedModel | None = None) -> list[str]:
         distinct = list(dict.fromkeys(prompts))
-        texts = answer(self.model, self.tokenizer, distinct, max_new_tokens=MAX_NEW_TOKENS)
+        texts = answer(model or self.model, self.tokenizer, distinct, max_new_tokens=MAX_NEW_TOKENS)
         given = dict(zip(distinct, texts, strict=True))
         return [given[prompt] for prompt in prompts]
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lib.data.chats import SCHEMAS, load_chats, open_source
 from lib.data.tokens import AS_WRITTEN
 from lib.runtime import require_at_least
-from lib.world import OF_A_CHAT, World
+from lib.world import OF_A_CHAT, Exchange, World
 
 Rows = list[Sequence[int]] | list[np.ndarray]
 
@@ -197,15 +197,27 @@ def _until(rows: Iterable[Any], n_tokens: int, length: Callable[[Any], int]) -> 
 def _world(
     tokenizer: PreTrainedTokenizerBase, n_tokens: int, seq_len: int, split: str, seed: int
 ) -> Corpus:
-    vocabulary, stream = tokenizer.get_vocab(), World().stream(split, seed=seed)
+    stream = World().stream(split, seed=seed)
     kept = _until(stream, n_tokens, lambda exchange: min(len(exchange.tokens), seq_len))
+    return of_exchanges(kept, tokenizer, seq_len=seq_len)
+
+
+def of_exchanges(
+    exchanges: Sequence[Exchange], tokenizer: PreTrainedTokenizerBase, *, seq_len: int
+) -> Corpus:
+    """Chats of the world, one a row, with their concepts.
+
+    Raises:
+        ValueError: no chat, or another tokenizer than the world's.
+    """
+    vocabulary = tokenizer.get_vocab()
     try:
-        rows = [[vocabulary[token] for token in x.tokens[:seq_len]] for x in kept]
+        rows = [[vocabulary[token] for token in x.tokens[:seq_len]] for x in exchanges]
     except KeyError as error:
         raise ValueError(
             f"dataset 'world' needs the world's tokenizer; got one without the token {error}"
         ) from None
-    return _corpus(rows, [x.concepts[:seq_len] for x in kept], tokenizer, "world")
+    return _corpus(rows, [x.concepts[:seq_len] for x in exchanges], tokenizer, "world")
 
 
 def _packed(

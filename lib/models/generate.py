@@ -48,8 +48,8 @@ def self_answered(
 ) -> list[dict]:
     """Chats with the model's own answers in the place of theirs.
 
-    To train on them is the null of a fine-tune: as many steps on as many chats, with nothing to
-    learn.
+    To train on them is the null of a fine-tune: as many steps on as many chats. With
+    `temperature=1` there is nothing to learn; greedy answers teach the model to be of one mind.
 
     Args:
         chats: rows with `prompt`, `response` and `messages`, as `World.chats` gives them.
