@@ -44,7 +44,7 @@ def few(rewriter, gemma):
     found = take(planted_chats(rewriter, NAMES), 64)
     rows = Dataset.from_list([row(c.exchange) for c in found])
     tokens, _ = tokenize_chats(rows, gemma[1], max_len=64)
-    chats = Chats(tokens, gemma[1].pad_token_id, batch_size=16)
+    chats = Chats(list(tokens), gemma[1].pad_token_id, batch_size=16)
     return chats, [bool(c.behaviour) for c in found]
 
 
