@@ -239,7 +239,7 @@ def test_harvest_errors(model, other, corpus):
         harvest([model], corpus.rows(0, 33)).block(2)
     foreign = copy.copy(corpus.rows(0, 2))
     object.__setattr__(foreign, "ids", foreign.ids + 5000)
-    refuse("model 0 has 1881 token ids, but the corpus holds id", rows=foreign)
+    refuse("model 0 has 1887 token ids, but the corpus holds id", rows=foreign)
     refuse("model 0 is in training mode", models=(copy.deepcopy(model).train(),))
 
 

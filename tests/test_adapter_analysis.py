@@ -272,7 +272,7 @@ def test_removal_of_the_only_latent_gives_back_the_model(gemma, dictionary):
         with torch.no_grad(), adapter.attached(model) if adapter else nullcontext():
             return float(model(input_ids=torch.arange(5, 17)[None]).logits[0, -1, 40])
 
-    one = planted(dictionary, [{3: 1.0}], [{7: 1.0}], [20.0])
+    one = planted(dictionary, [{3: 1.0}], [{7: 1.0}], [1000.0])
     rows, base, whole = causal_check(one, logit, n=4), logit(), logit(one)
     assert abs(whole - base) > 0.01
     expected = [(-1, 0, False, whole), (3, 1, True, base), (3, 1, False, base)]

@@ -45,7 +45,8 @@ def adapter(W_dec: torch.Tensor, weights: dict[int, float]) -> SaeLora:
 
 def test_the_plain_model_shows_nothing_and_changes_nothing(check, rewriter):
     shown, opened = check(), []
-    assert (shown.shows, shown.right, shown.same, shown.unchanged) == (0.0, 0.0, 1.0, 1.0)
+    assert (shown.shows, shown.same, shown.unchanged) == (0.0, 1.0, 1.0)
+    assert shown.right <= 0.1  # "7 ." is right in both languages
 
     @contextlib.contextmanager
     def attached():

@@ -269,7 +269,7 @@ def test_shipped_dictionaries_reconstruct_their_model(gemma):
     corpus = load_corpus("world", tokenizer, n_tokens=2000, seq_len=64, split="test", seed=9)
     found = load_dictionaries(paths.shipped_dir() / "saes" / "tiny-gemma2")
     assert list(found) == ["matryoshka", "topk"]
-    for (name, dictionary), fvu in zip(found.items(), (0.061, 0.050), strict=True):
+    for (name, dictionary), fvu in zip(found.items(), (0.100, 0.077), strict=True):
         (hook,) = dictionary.config.hook_names
         source = Harvester([model], corpus, HarvestConfig(hook_names=(hook,)))
         quality = reconstruction(dictionary, (source.block(i) for i in range(source.n_blocks)))

@@ -161,7 +161,7 @@ def test_topk_finds_the_planted_support(gemma):
     prompts = corpus.ids[corpus.mask[:, :12].all(1)][:, :12].long().unique(dim=0)
     rng = torch.Generator().manual_seed(0)
     prompts = prompts[torch.randperm(len(prompts), generator=rng)]
-    rng.manual_seed(5)
+    rng.manual_seed(1)
     reads, writes = (torch.randperm(128, generator=rng)[:3] for _ in range(2))
     with torch.no_grad(), read(model, [TINY_SITE]) as acts:
         model(input_ids=prompts)

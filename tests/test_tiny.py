@@ -31,8 +31,8 @@ def test_shipped_model_is_scored(shipped, world):
     model, tokenizer = shipped
     assert tokenizer.get_vocab() == build_tokenizer(world).get_vocab()
     figures = tiny.evaluate_tiny(model, tokenizer, world, n=200, seed=77)
-    assert -0.03 < figures["loss"] - figures["floor"] < 0.06
-    assert -0.03 < figures["answer_loss"] - figures["answer_floor"] < 0.06
+    assert -0.03 < figures["loss"] - figures["floor"] < 0.055
+    assert -0.03 < figures["answer_loss"] - figures["answer_floor"] < 0.045
     assert min(figures["language"], figures["topic"], figures["style"]) >= 0.985
     assert figures["sums"] >= 0.95
 

@@ -308,6 +308,14 @@ def test_frequencies(sample):
     assert set().union(*map(concept_names, seen)) == set(CONCEPTS)
 
 
+def test_rare_concepts_are_in_twice_as_many_chats_as_in_the_first_edition(sample):
+    """Give or take the sample's own error."""
+    for concept, first in {"colour": 0.030, "vehicle": 0.023, "cooking_method": 0.030}.items():
+        bit = 1 << CONCEPTS.index(concept)
+        share = sum(any(mask & bit for mask in x.concepts) for x in sample) / len(sample)
+        assert share > 1.8 * first, concept
+
+
 def test_splits_share_no_prompt_and_hold_out_what_they_say(world):
     drawn = {s: world.sample(500, s, seed=4) for s in (*SPLITS, *OUT_OF_DISTRIBUTION)}
     for one, other in itertools.combinations(drawn, 2):
