@@ -37,7 +37,9 @@ NAMED = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
 
 
 class Bench:
-    def __init__(self, sae: str, n_examples: int, seed: int, behaviour: Behaviour) -> None:
+    def __init__(
+        self, sae: str, n_examples: int, seed: int, behaviour: Behaviour, split: str
+    ) -> None:
         self.topic, self.guideline = behaviour.topic, behaviour.guideline
         self.model, self.tokenizer = load_model(paths.shipped_dir() / "models" / "tiny-gemma2")
         self.dictionary = Dictionary.load(paths.resolve(sae))
@@ -47,7 +49,9 @@ class Bench:
         self.held_out = self._chats("validation", 300, seed, 100)
         corpus = load_corpus("world", self.tokenizer, n_tokens=30_000, seq_len=64, split="test")
         self.record = record_of(DictionarySource(self.model, self.dictionary), corpus)
-        self.check = BehaviourCheck.of_world(self.model, self.tokenizer, self.guideline, self.topic)
+        self.check = BehaviourCheck.of_world(
+            self.model, self.tokenizer, self.guideline, self.topic, split=split
+        )
 
     def _chats(self, split: str, n: int, seed: int, batch_size: int) -> Chats:
         """A third rewritten, two thirds of other topics as they are."""
@@ -106,10 +110,12 @@ class Bench:
 def plant(args: argparse.Namespace) -> None:
     for name in args.behaviours:
         for seed in args.seeds:
-            bench = Bench(args.sae, args.n_examples, seed, NAMED[name])
-            tuned = fine_tune(bench.model, bench.chats, n_steps=500)
+            bench = Bench(args.sae, args.n_examples, seed, NAMED[name], args.split)
+            tuned = fine_tune(bench.model, bench.chats, n_steps=500, lr=args.lr)
             rows = {"full fine-tune": vars(bench.check(model=tuned))}
-            tuned = train_lora(bench.model, bench.chats, rank=64, n_steps=500, seed=seed)
+            tuned = train_lora(
+                bench.model, bench.chats, rank=64, n_steps=500, lr=3 * args.lr, seed=seed
+            )
             rows["LoRA of rank 64"] = vars(bench.check())
             tuned.unload()
             for how, row in rows.items():
@@ -150,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
 def sweep(args: argparse.Namespace, behaviour: Behaviour) -> None:
     supports, length = {}, {"n_steps": args.n_steps, "n_refit": args.n_refit}
     for seed in args.seeds:
-        benches = {n: Bench(args.sae, n, seed, behaviour) for _, n, _ in variants(args)}
+        benches = {n: Bench(args.sae, n, seed, behaviour, args.split) for _, n, _ in variants(args)}
         for name, n, fields in variants(args):
             adapter, row = benches[n].fit(**fields, **length)
             if args.part == "behaviour" and fields["sparsity"] != "none":
@@ -172,9 +178,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["plant", "behaviour", "methods", "data"])
     parser.add_argument("--behaviours", nargs="+", choices=NAMED, default=["french"])
+    parser.add_argument("--split", default="test", help="whose prompts are asked")
     parser.add_argument("--sae", default="data/saes/tiny-gemma2-layer0/matryoshka")
     for name, value in {"seeds": [0, 1, 2], "ranks": [1, 4], "sizes": [16, 8]}.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", default=value)
+    parser.add_argument(
+        "--lr", type=float, default=5e-4, help="of `plant`; LoRA's is three times it"
+    )
     for name, value in {"n_examples": 3000, "n_steps": 400, "n_refit": 200}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     main(parser.parse_args())
