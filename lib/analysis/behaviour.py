@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -81,11 +81,15 @@ class BehaviourCheck:
         n_others: int = 300,
         split: str = "test",
         seed: int = 1,
+        changed_topics: Collection[str] = (),
     ) -> "BehaviourCheck":
         """Prompts of the built-in world that no training saw.
 
         Those that ask are about `topic`, and the plain answer would not show the behaviour
         already: for French, prompts in English whose answer has words.
+
+        Args:
+            changed_topics: of other behaviours that were planted too; none of the others is there.
 
         Raises:
             ValueError: too few such prompts among the first of the split.
@@ -97,7 +101,7 @@ class BehaviourCheck:
         wanted_in_all = 100 * (n_asking + n_others)
         for x in itertools.islice(world.stream(split, seed=seed), wanted_in_all):
             if x.topic != topic:
-                others.append(x.prompt)
+                others += [] if x.topic in changed_topics else [x.prompt]
             elif not rewriter.shows(x.prompt, x.response, guideline):
                 wanted = rewriter.rewrite(x.prompt, x.response, guideline)
                 if rewriter.shows(x.prompt, wanted, guideline):

@@ -180,7 +180,7 @@ the chosen side |
         wish = f"need a column text, or the columns of one of {SCHEMAS}"
         raise ValueError(f"{where}: {wish}; got {sorted(first)}")
     rows = (np.asarray(row, np.int32) for row in rows)  # 4 bytes a token, not 36
-    return _corpus(_until(rows, n_tokens, len), None, tokenizer, str(dataset))
+    return of_rows(_until(rows, n_tokens, len), tokenizer, str(dataset))
 
 
 def _until(rows: Iterable[Any], n_tokens: int, length: Callable[[Any], int]) -> list[Any]:
@@ -217,7 +217,8 @@ def of_exchanges(
         raise ValueError(
             f"dataset 'world' needs the world's tokenizer; got one without the token {error}"
         ) from None
-    return _corpus(rows, [x.concepts[:seq_len] for x in exchanges], tokenizer, "world")
+    concepts = [x.concepts[:seq_len] for x in exchanges]
+    return of_rows(rows, tokenizer, "world", concepts=concepts)
 
 
 def _packed(
@@ -258,9 +259,14 @@ def _templated(
             yield ids[:seq_len]
 
 
-def _corpus(
-    rows: Rows, concepts: Rows | None, tokenizer: PreTrainedTokenizerBase, name: str
+def of_rows(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, name: str, *, concepts: Rows | None = None
 ) -> Corpus:
+    """Rows of token ids as a corpus.
+
+    Raises:
+        ValueError: no row.
+    """
     if not rows:
         raise ValueError(f"{name} has no token; need texts that are not empty")
     lengths = torch.tensor([len(row) for row in rows])

@@ -37,6 +37,7 @@ def fit(
     config: FitConfig,
     *,
     sites: Mapping[str, int] | None = None,
+    begin: Mapping[str, Dictionary] | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
     tracking: str = "none",
@@ -56,6 +57,7 @@ def fit(
             as a `Buffer`; a `Prefetch` of it makes batches while a GPU trains.
         sites: hook name → width of the stream's columns, in order. Each dictionary then reads the
             columns of its own `hook_names`; without it each reads all of them.
+        begin: name → dictionary on raw activations whose training goes on; the others begin anew.
         folder: for checkpoints, and at the end for the dictionaries, one folder each.
         resume, tracking, progress: as in `lib.training.fit`.
 
@@ -65,12 +67,16 @@ def fit(
         FloatingPointError, OSError: as `lib.training.fit`.
     """
     training.loop.require_names(plans)
+    if strange := set(begin or {}) - set(plans):
+        raise ValueError(f"need plans to begin with dictionaries, got none for {sorted(strange)}")
     device, trainers = distributed.join(torch.device(device)), {}
     for name, plan in plans.items():
         try:
             if folder is not None:
                 format.require_saveable(plan[0])
-            trainers[name] = DictionaryTrainer(*plan, config, device, sites)
+            trainers[name] = DictionaryTrainer(
+                *plan, config, device, sites, (begin or {}).get(name)
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     history, seconds = training.fit(

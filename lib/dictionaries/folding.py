@@ -1,12 +1,14 @@
-"""A normaliser of inputs, folded into a dictionary's weights."""
+"""A normaliser of inputs, folded into a dictionary's weights; weights to go on from."""
 
 import copy
+import hashlib
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lib.dictionaries.config import DictionaryConfig
 from lib.dictionaries.rules import BatchTopK
 
 
@@ -53,3 +55,25 @@ def fold_normalizer(
         other.W_enc *= scale[:, None]
         other.W_dec /= scale
     return other
+
+
+def require_alike(begin: DictionaryConfig, config: DictionaryConfig) -> None:
+    """Raises ValueError where weights of `begin` mean something else under `config`."""
+    if begin.out_dims is not None:
+        raise ValueError("need an autoencoder to begin with, got a transcoder")
+    for name in ("d_sae", "site_dims", "out_dims", "tied", "apply_b_dec_to_input", "exclusive"):
+        if getattr(begin, name) != getattr(config, name):
+            raise ValueError(
+                f"need {name} {getattr(begin, name)}, as of the dictionary to begin with; "
+                f"got {getattr(config, name)}"
+            )
+    if type(begin.rule) is not type(config.rule):
+        raise ValueError(f"need the rule {begin.rule} to begin with, got {config.rule}")
+
+
+def content_hash(d: nn.Module) -> str:
+    """SHA-256 of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(d.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -12,6 +12,7 @@ from lib.activations.moments import Normalizer
 from lib.dictionaries import losses
 from lib.dictionaries.config import DictionaryConfig, FitConfig, config_to_json
 from lib.dictionaries.dictionary import Dictionary
+from lib.dictionaries.folding import content_hash, require_alike
 from lib.dictionaries.losses import StepOutput
 from lib.dictionaries.partition import forbidden, parts
 from lib.dictionaries.recipes import Recipe
@@ -36,16 +37,18 @@ class DictionaryTrainer:
         fit: FitConfig,
         device: torch.device | str = "cpu",
         sites: Mapping[str, int] | None = None,
+        begin: Dictionary | None = None,
     ) -> None:
         """
         Args:
+            begin: on raw activations; training goes on from its weights, not from random ones.
             sites: hook name → width of the batches' columns, in order; the dictionary reads those
                 of its own `hook_names`. None: it reads all columns.
 
         Raises:
             ValueError: a rule that differs from the recipe's, a normaliser for a transcoder, hook
-                names that are not among the sites, sites of other widths, or a loss term that
-                means nothing for the dictionary.
+                names that are not among the sites, sites of other widths, a loss term that means
+                nothing for the dictionary, or a `begin` of another shape or rule.
         """
         if config.rule != recipe.rule:
             raise ValueError(
@@ -56,7 +59,9 @@ class DictionaryTrainer:
             losses.check(term, config)
         if config.out_dims is not None and fit.normalize != "none":
             raise ValueError("need normalize 'none' for a transcoder")
-        self.recipe, self.fit, self.n_steps = recipe, fit, fit.n_steps
+        if begin is not None:
+            require_alike(begin.config, config)
+        self.recipe, self.fit, self.n_steps, self.begin = recipe, fit, fit.n_steps, begin
         self._sites, self._columns = sites, _columns(config, sites)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(fit.seed)
@@ -73,6 +78,11 @@ class DictionaryTrainer:
         config = self.dictionary.config
         x, target = self._split(distributed.gather_rows(self._part(feed.peek())))
         self._set_normalizer(Normalizer.fit(self.fit.normalize, x, config.site_dims))
+        if self.begin is not None:
+            mean, scale = self.normalizer.mean.cpu(), self.normalizer.scale.cpu()
+            begin = self.begin.folded(-mean * scale, 1 / scale)  # x = (y + mean * scale) / scale
+            self.dictionary.load_state_dict(begin.state_dict())
+            return
         target = self.normalizer(target) if config.out_dims is None else target
         self.dictionary.b_dec.copy_(target.mean(0))
 
@@ -172,7 +182,10 @@ class DictionaryTrainer:
             for name, default in LATER.items():
                 if saved.get(name, default) == default:
                     saved.pop(name, None)
-        return {"fit": optimisation, "dictionary": config, "recipe": recipe}
+        made_of = {"fit": optimisation, "dictionary": config, "recipe": recipe}
+        if self.begin is not None:
+            made_of["begin"] = content_hash(self.begin)
+        return made_of
 
     def facts(self) -> dict:
         return {}

@@ -1,9 +1,14 @@
 """Answers of a chat model to many prompts at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -25,11 +30,16 @@ def answer(
     batch_size: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    processor: Callable[[list[int]], LogitsProcessor] | None = None,
 ) -> list[str]:
     """One answer per prompt, in the prompts' order, without special tokens.
 
     Prompts of similar length share a batch, padded on the left. At temperature 0 answers are
     greedy; else they are sampled, the same for the same arguments.
+
+    Args:
+        processor: from the numbers of padding tokens before a batch's prompts to what changes its
+            logits.
 
     Raises:
         ValueError: a negative temperature.
@@ -38,6 +48,7 @@ def answer(
         raise ValueError(f"need temperature >= 0, got {temperature}")
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     how = how if temperature else {"do_sample": False}
+    how["processor"] = processor
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _answers(model, tokenizer, prompts, batch_size, max_new_tokens=max_new_tokens, **how)
@@ -71,6 +82,7 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     batch_size: int,
+    processor: Callable[[list[int]], LogitsProcessor] | None,
     **how,
 ) -> list[str]:
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
@@ -87,6 +99,7 @@ def _answers(
             input_ids=torch.tensor(tokens, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             pad_token_id=pad,
+            logits_processor=LogitsProcessorList([processor(fill)] if processor else []),
             **how,
         )
         for i, reply in zip(chosen, out[:, width:], strict=True):

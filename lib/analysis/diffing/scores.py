@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from lib.data.corpus import Corpus
 from lib.models.patched import TextRows
@@ -58,13 +57,14 @@ def concept_ranking(
 
 @torch.no_grad()
 def gap_closed(
-    a: PreTrainedModel,
-    b: PreTrainedModel,
+    a: nn.Module,
+    b: nn.Module,
     hook_name: str,
     corpus: Corpus,
     moves: Sequence[Move],
     *,
     counted: Bool[Tensor, "rows seq"] | None = None,
+    back: bool = False,
     batch_rows: int = 64,
 ) -> list[float]:
     """Share of the KL gap that moving a's activations closes, read through b's upper layers.
@@ -75,6 +75,8 @@ def gap_closed(
     Args:
         moves: as `Move`, on all real tokens of some rows.
         counted: tokens whose predictions count; None: all.
+        back: take what a move would hand over away from b instead. The gap is then that of b from
+            a's activations read through b's upper layers, and 1 says that nothing of it is left.
 
     Raises:
         ValueError: no prediction is counted, the models agree on all of them, or one is in
@@ -95,18 +97,29 @@ def gap_closed(
             with read(model, [hook_name]) as found:
                 logits = rows.logits(model)
             acts.append(found[hook_name][rows.mask])
+        x_a, x_b = acts
+        placed = [x_a, *(move(x_a, x_b) for move in moves)]
         target = logits[:, :-1][chosen].float().log_softmax(1)
-        for i, move in enumerate((lambda x_a, _: x_a, *moves)):
-            moved = move(acts[0], acts[1])
-
-            def put(x: Tensor, moved: Tensor = moved, mask: Tensor = rows.mask) -> Tensor:
-                y = x.clone()
-                y[mask] = moved.to(y)
-                return y
-
-            with replace(b, hook_name, put):
-                patched = rows.logits(b)[:, :-1][chosen].float().log_softmax(1)
-            sums[i] += (target.exp() * (target - patched)).sum().double().cpu()
+        if back:
+            placed = [x_b, *(x_b - (x - x_a) for x in placed[1:])]
+            target = _predicted(b, hook_name, rows, x_a)[chosen].float().log_softmax(1)
+        for i, x in enumerate(placed):
+            moved = _predicted(b, hook_name, rows, x)[chosen].float().log_softmax(1)
+            sums[i] += (target.exp() * (target - moved)).sum().double().cpu()
     if not sums[0] > 0:
         raise ValueError("need predictions on which the models differ, got none")
     return (1 - sums[1:] / sums[0]).tolist()
+
+
+def _predicted(
+    model: nn.Module, hook_name: str, rows: TextRows, x: Float[Tensor, "n d"]
+) -> Float[Tensor, "rows seq vocab"]:
+    """Logits with `x` in the place of the real tokens' activations."""
+
+    def put(old: Tensor) -> Tensor:
+        new = old.clone()
+        new[rows.mask] = x.to(new)
+        return new
+
+    with replace(model, hook_name, put):
+        return rows.logits(model)[:, :-1]

@@ -1,0 +1,214 @@
+"""Scores what a method found against differences that were planted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lib.analysis.diffing.findings import Finding, N, along
+from lib.analysis.diffing.methods import MIN_FIRINGS, firings
+from lib.analysis.diffing.scores import Move, auc, gap_closed, precision_at
+from lib.data.corpus import Corpus, of_exchanges
+from lib.latents import LatentRecord
+from lib.world import BEHAVIOURS
+from lib.world.differences import Planted
+
+NAMED = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """Where and what the behaviours are in a held-out corpus."""
+
+    corpus: Corpus
+    behaviours: tuple[str, ...]
+    of_token: Int[Tensor, " n"]
+    """Of every real token the behaviour whose it is, from 1; 0: none's."""
+    answers: Bool[Tensor, "rows seq"]
+    """Tokens of answers that a behaviour changed."""
+    rows: Int[Tensor, " rows"]
+    """The behaviour at work in a row, from 1; 0: none."""
+
+    @classmethod
+    def of(
+        cls,
+        chats: Sequence[Planted],
+        behaviours: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seq_len: int = 64,
+    ) -> "Truth":
+        corpus = of_exchanges([chat.exchange for chat in chats], tokenizer, seq_len=seq_len)
+        names = ["", *behaviours]
+        which, answers = torch.zeros_like(corpus.ids), torch.zeros_like(corpus.mask)
+        for i, chat in enumerate(chats):
+            own = torch.tensor(chat.tokens[:seq_len])
+            which[i, : len(own)] = own * names.index(chat.behaviour)
+            answers[i, chat.exchange.n_prompt : len(own)] = bool(chat.behaviour)
+        rows = torch.tensor([names.index(chat.behaviour) for chat in chats])
+        return cls(corpus, tuple(behaviours), which[corpus.mask].long(), answers, rows)
+
+    def only(self, behaviour: int, n: int) -> tuple[Corpus, Bool[Tensor, "rows seq"]]:
+        """The first `n` rows in which a behaviour is at work, and their answers."""
+        rows = (self.rows == behaviour).nonzero()[:n, 0]
+        return self.corpus.take(rows), self.answers[rows]
+
+    def concepts(self, behaviour: str) -> set[str]:
+        """Names of the world that would be right for it: its topic, style and language."""
+        known = NAMED[behaviour]
+        language = {"fr": "french", "en": "english", None: ""}[known.language]
+        style = {f"style:{known.style}", {"shouting": "upper_case"}.get(known.style, "")}
+        if known.new:
+            return {f"topic:{known.topic}"}
+        return ({f"topic:{known.topic}", f"language:{language}"} | style) - {
+            "language:",
+            "style:None",
+            "",
+        }
+
+    def words(self, behaviour: str) -> set[int]:
+        """Tokens that belong to the behaviour half of the time or more, in answers."""
+        ids = self.corpus.ids[self.corpus.mask].long()
+        answers = self.answers[self.corpus.mask] | (self.of_token > 0)
+        size = int(ids.max()) + 1
+        own = torch.bincount(ids[self.of_token == self.number(behaviour)], minlength=size)
+        return set(
+            (2 * own >= torch.bincount(ids[answers], minlength=size))
+            .logical_and(own > 0)
+            .nonzero()[:, 0]
+            .tolist()
+        )
+
+    def number(self, behaviour: str) -> int:
+        return self.behaviours.index(behaviour) + 1
+
+
+def behaviour_mass(record: LatentRecord, truth: Truth) -> Float[Tensor, "n_latents behaviours"]:
+    """Of each latent the share of its activation on each behaviour's tokens."""
+    acts = record.acts
+    sums = torch.zeros(len(truth.behaviours) + 1, record.n_latents)
+    which = truth.of_token[acts.rows.long()]
+    sums.index_put_((which, acts.indices.long()), acts.values, accumulate=True)
+    return (sums / sums.sum(0).clamp(min=1e-9))[1:].T
+
+
+def where(finding: Finding, truth: Truth) -> dict[str, float]:
+    """AUC and precision of the token score on the behaviours' tokens; none without a score."""
+    if finding.scores is None:
+        return {}
+    own = truth.of_token > 0
+    n = max(1, int(own.sum()) // 10)
+    return {"auc": auc(finding.scores, own), "precision": precision_at(n, finding.scores, own)}
+
+
+def what(finding: Finding, truth: Truth, n_words: int = N, n_concepts: int = 5) -> list[str]:
+    """The behaviours that it names: by one of its words, or by a right concept."""
+    words, concepts = set(finding.words[:n_words]), set(finding.concepts[:n_concepts])
+    return [
+        name
+        for name in truth.behaviours
+        if words & truth.words(name) or concepts & truth.concepts(name)
+    ]
+
+
+def flagged(finding: Finding, truth: Truth, record: LatentRecord, n: int | None = None) -> dict:
+    """How many latents are said to differ, how many rightly, and which behaviours they are.
+
+    A latent is right where half of its activation lies on the tokens of behaviours, strictly where
+    0.8 lies on those of one.
+    """
+    mass = behaviour_mass(record, truth)[finding.latents[:n]]
+    right = mass.sum(1) >= 0.5
+    found = {truth.behaviours[i] for i in mass[right].argmax(1).tolist()}
+    return {
+        "flagged": len(mass),
+        "right": right.float().mean().item() if len(mass) else float("nan"),
+        "strict": (mass.max(1).values >= 0.8).float().mean().item() if len(mass) else float("nan"),
+        "found": [name for name in truth.behaviours if name in found],
+    }
+
+
+def causal(
+    findings: Sequence[tuple[Finding, LatentRecord | None]],
+    truth: Truth,
+    a: nn.Module,
+    b: nn.Module,
+    hook_name: str,
+    *,
+    n_rows: int = 100,
+    seed: int = 0,
+    back: bool = False,
+) -> list[dict[str, float]]:
+    """Share of the KL gap on each behaviour's answers that a finding closes, and their `mean`.
+
+    Of latents the ten with most activation on the behaviour's tokens are handed over, among those
+    that the method ranks in its first half; `random` is as many others of like firing rates. Of
+    directions all.
+
+    Args:
+        back: what is left of the gap in b without the finding, instead: see `gap_closed`.
+    """
+    found: list[dict[str, float]] = [{} for _ in findings]
+    generator = torch.Generator().manual_seed(seed)
+    for number, name in enumerate(truth.behaviours, 1):
+        moves: list[Move] = []
+        places: list[tuple[int, str]] = []
+        for i, (finding, record) in enumerate(findings):
+            if finding.directions is not None:
+                moves.append(along(finding.directions))
+                places.append((i, name))
+            elif finding.move is not None and record is not None:
+                chosen = _of_behaviour(finding, record, truth, number)
+                moves += [finding.move(chosen), finding.move(_random(record, chosen, generator))]
+                places += [(i, name), (i, f"random, {name}")]
+        corpus, counted = truth.only(number, n_rows)
+        closed = gap_closed(a, b, hook_name, corpus, moves, counted=counted, back=back)
+        for (i, key), share in zip(places, closed, strict=True):
+            found[i][key] = share
+    for row in found:
+        for key, names in (
+            ("mean", truth.behaviours),
+            ("random", [f"random, {b}" for b in truth.behaviours]),
+        ):
+            if names[0] in row:
+                row[key] = sum(row[name] for name in names) / len(names)
+    return found
+
+
+def _of_behaviour(
+    finding: Finding, record: LatentRecord, truth: Truth, number: int
+) -> Int[Tensor, " k"]:
+    mass = behaviour_mass(record, truth)[:, number - 1]
+    mass = torch.where(firings(record) >= MIN_FIRINGS, mass, -1.0)
+    low = finding.order < finding.order[firings(record) >= MIN_FIRINGS].median()
+    mass[low] = -1.0
+    return mass.topk(N).indices
+
+
+def _random(
+    record: LatentRecord, latents: Int[Tensor, " k"], generator: torch.Generator
+) -> Int[Tensor, " k"]:
+    """Other latents, each drawn among the twenty whose firing rate is nearest."""
+    rates, taken = record.firing_rate().log(), set(latents.tolist())
+    drawn = []
+    for latent in latents.tolist():
+        near = (rates - rates[latent]).abs().argsort().tolist()
+        near = [j for j in near if j not in taken][:20]
+        drawn.append(near[int(torch.randint(len(near), (), generator=generator))])
+        taken.add(drawn[-1])
+    return torch.tensor(drawn)
+
+
+def false_alarms(finding: Finding, null: Finding) -> int:
+    """Findings, of ten at most, on a pair without a difference.
+
+    Of a method that decides itself, all; else those as strong as its last one on this pair.
+    """
+    if null.decides:
+        return len(null.latents[:N])
+    if not finding.strength:
+        return len(null.strength)
+    return sum(strength >= finding.strength[-1] for strength in null.strength)
