@@ -8,7 +8,6 @@ on the fine-tune on A's own answers. `--null identical` compares A with itself.
 import argparse
 import json
 import time
-from dataclasses import replace
 
 from lib import paths
 from lib.activations.harvest import HarvestConfig, Harvester
@@ -32,7 +31,7 @@ class Bench:
         self.train = planted.Truth.of(chats, args.behaviours, self.tokenizer).corpus
         held = take(planted_chats(self.rewriter, args.behaviours, split=args.split, seed=1), 2000)
         self.truth = planted.Truth.of(held, args.behaviours, self.tokenizer)
-        self.prompts = [chat.exchange.prompt for chat in held[: args.n_prompts]]
+        self.prompts = self.truth.prompts(args.n_prompts)
 
     def tuned(self, plant_kind: str):
         """B, kept on disk."""
@@ -101,18 +100,18 @@ def main(args: argparse.Namespace) -> None:
             if it.record is not None:
                 row |= planted.flagged(finding, truth, it.record)
                 first = finding.order.topk(10).indices
-                top = planted.flagged(replace(finding, latents=first), truth, it.record)
+                top = planted.flagged(finding, truth, it.record, first)
                 row["top ten right"] = top["right"]
             if it.reading is not None:
                 alive = methods.firings(it.record) >= methods.MIN_FIRINGS
                 by_cosine = it.reading.cosine.where(alive, 2.0).argsort()[:10]
-                top = planted.flagged(replace(finding, latents=by_cosine), truth, it.record)
+                top = planted.flagged(finding, truth, it.record, by_cosine)
                 row["top ten right by cosine"] = top["right"]
                 row["largest norm"] = it.reading.relative_norm[alive].max().item()
                 if sizes := it.dictionary.config.exclusive:
                     own = alive.nonzero()[:, 0]
                     own = own[(own >= sizes[0]) & (own < sum(sizes))]
-                    raw = planted.flagged(replace(finding, latents=own), truth, it.record)
+                    raw = planted.flagged(finding, truth, it.record, own)
                     row |= {"exclusives": raw["flagged"], "exclusives right": raw["right"]}
                     row["exclusives lacking"] = int(sum((finding.latents == j).any() for j in own))
             row["closed"] = {k: round(v, 3) for k, v in closed[i].items()}

@@ -185,6 +185,35 @@ class AlignedHarvester:
         return torch.tensor(left, dtype=torch.long), torch.tensor(right, dtype=torch.long)
 
 
+def paired(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+    hook_names: tuple[str, str],
+    corpus: Corpus,
+    *,
+    skip_special: bool = False,
+    dtype: str = "float32",
+    batch_rows: int = 256,
+) -> tuple[Pair, Corpus]:
+    """Two models on one corpus of a's tokenizer, and the corpus whose tokens the pair holds.
+
+    Where b has a tokenizer of its own, both read the corpus's text again, without special tokens,
+    and tokens are paired that end on the same character.
+    """
+    reading = {"batch_rows": batch_rows, "skip_special": skip_special, "dtype": dtype}
+    if tokenizers[0].get_vocab() == tokenizers[1].get_vocab():
+        sources = [
+            Harvester([model], corpus, HarvestConfig(hook_names=(hook,), **reading))
+            for model, hook in zip(models, hook_names, strict=True)
+        ]
+        return Pair(*sources), corpus
+    rows = [ids[mask].tolist() for ids, mask in zip(corpus.ids, corpus.mask, strict=True)]
+    texts = tokenizers[0].batch_decode(rows, skip_special_tokens=True)
+    options = {"seq_len": corpus.ids.shape[1], "batch_rows": batch_rows}
+    source = AlignedHarvester(models, tokenizers, texts, hook_names, **options)
+    return Pair(source), source.corpora[0]
+
+
 def _tokenized(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seq_len: int
 ) -> tuple[Corpus, Int[Tensor, "n_rows seq"]]:

@@ -2,6 +2,7 @@
 
 from lib.display.browser.browser import FeatureBrowser
 from lib.display.figures.adapters import removal, sparsity_behaviour, weight_concentration
+from lib.display.figures.diffing import gap_bars, relative_norms, scaling_plane, token_scores
 from lib.display.figures.latents import activation_histogram, dose_curves, logit_table
 from lib.display.figures.plots import (
     concept_heatmap,
@@ -19,6 +20,7 @@ from lib.display.figures.training import (
     l0_against_r2,
     l0_r2_curves,
 )
+from lib.display.report import write_report
 from lib.display.tokens import colored_tokens, concept_text, latent_text, readable_tokens
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "dose_curves",
     "frequencies",
     "frontier",
+    "gap_bars",
     "l0_against_r2",
     "l0_r2_curves",
     "latent_text",
@@ -41,8 +44,12 @@ __all__ = [
     "losses_by_split",
     "losses_by_token",
     "readable_tokens",
+    "relative_norms",
     "removal",
+    "scaling_plane",
     "sparsity_behaviour",
+    "token_scores",
     "training_curves",
     "weight_concentration",
+    "write_report",
 ]

@@ -163,18 +163,17 @@ def of_latents(
     """Latents that a method ranks, named by the tokens and concepts on which they fire.
 
     Args:
-        record: of `held`, special tokens included.
+        record: of tokens of `held`; those that are missing differ by 0.
         order: of every latent how much it differs.
         latents: those that are said to differ, most first; the first `N` name what differs.
         decides: of `Finding`.
     """
-    if len(record) != held.n_tokens:
-        raise ValueError(f"need a record of all {held.n_tokens} real tokens, got {len(record)}")
     chosen = torch.zeros(record.n_latents)
     chosen[latents[:N]] = 1.0
     acts = record.acts
     mass = acts.values * chosen[acts.indices.long()]
-    scores = torch.zeros(acts.n).index_add_(0, acts.rows.long(), mass)
+    scores = torch.zeros(held.n_tokens)
+    scores[places(record, held)] = torch.zeros(acts.n).index_add_(0, acts.rows.long(), mass)
     words = []
     for latent in latents[:N].tolist():
         tokens, values = record.active(latent)
@@ -193,6 +192,12 @@ def of_latents(
         order=order,
         move=move,
     )
+
+
+def places(record: LatentRecord, corpus: Corpus) -> Int[Tensor, " n"]:
+    """Of each recorded token its number among the corpus's real tokens."""
+    numbers = corpus.mask.flatten().cumsum(0).view_as(corpus.mask) - 1
+    return numbers[record.rows.long(), record.positions.long()]
 
 
 def crosscoder_move(d: Dictionary) -> Callable[[Int[Tensor, " k"]], Move]:

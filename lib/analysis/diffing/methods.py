@@ -274,6 +274,19 @@ def _first(order: Float[Tensor, " n"]) -> Int[Tensor, " k"]:
     return order.topk(min(findings.N, len(order))).indices
 
 
+def looked_at(
+    dictionaries: Mapping[str, Dictionary],
+    held: Pair,
+    corpus: Corpus,
+    models: tuple[PreTrainedModel, PreTrainedModel, str] | None = None,
+) -> dict[str, Found]:
+    """As `trained`, of dictionaries that are there already; a stage-wise SAE must be trained."""
+    found = {name: ranked(name, d, held, corpus) for name, d in dictionaries.items()}
+    if "crosscoder" in found and models is not None:
+        found["attribution"] = _attributed(found["crosscoder"], corpus, *models)
+    return found
+
+
 def _known(methods: Iterable[str], known: Sequence[str]) -> list[str]:
     wanted = list(methods)
     if unknown := sorted(set(wanted) - set(known)):

@@ -8,13 +8,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lib.analysis.diffing.findings import Finding, N, along
+from lib.analysis.diffing.findings import Finding, N, along, places
 from lib.analysis.diffing.methods import MIN_FIRINGS, firings
 from lib.analysis.diffing.scores import Move, auc, gap_closed, precision_at
 from lib.data.corpus import Corpus, of_exchanges
 from lib.latents import LatentRecord
-from lib.world import BEHAVIOURS
-from lib.world.differences import Planted
+from lib.runtime import require_at_least
+from lib.world import BEHAVIOURS, Rewriter, World
+from lib.world.differences import Planted, planted_chats
 
 NAMED = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
 
@@ -23,7 +24,9 @@ NAMED = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
 class Truth:
     """Where and what the behaviours are in a held-out corpus."""
 
+    chats: Sequence[Planted]
     corpus: Corpus
+    """One chat a row."""
     behaviours: tuple[str, ...]
     of_token: Int[Tensor, " n"]
     """Of every real token the behaviour whose it is, from 1; 0: none's."""
@@ -49,7 +52,32 @@ class Truth:
             which[i, : len(own)] = own * names.index(chat.behaviour)
             answers[i, chat.exchange.n_prompt : len(own)] = bool(chat.behaviour)
         rows = torch.tensor([names.index(chat.behaviour) for chat in chats])
-        return cls(corpus, tuple(behaviours), which[corpus.mask].long(), answers, rows)
+        return cls(chats, corpus, tuple(behaviours), which[corpus.mask].long(), answers, rows)
+
+    @classmethod
+    def drawn(
+        cls,
+        behaviours: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        n_tokens: int,
+        split: str = "train",
+        seed: int = 0,
+        seq_len: int = 64,
+    ) -> "Truth":
+        """Chats of the world under the behaviours, until there are so many tokens."""
+        require_at_least(1, n_tokens=n_tokens)
+        chats, n = [], 0
+        for chat in planted_chats(Rewriter(World()), behaviours, split=split, seed=seed):
+            chats.append(chat)
+            n += min(len(chat.tokens), seq_len)
+            if n >= n_tokens:
+                return cls.of(chats, behaviours, tokenizer, seq_len=seq_len)
+        raise ValueError(f"need {n_tokens} tokens of split {split}, got {n}")
+
+    def prompts(self, n: int) -> list[str]:
+        """Of the first `n` chats."""
+        return [chat.exchange.prompt for chat in self.chats[:n]]
 
     def only(self, behaviour: int, n: int) -> tuple[Corpus, Bool[Tensor, "rows seq"]]:
         """The first `n` rows in which a behaviour is at work, and their answers."""
@@ -90,7 +118,7 @@ def behaviour_mass(record: LatentRecord, truth: Truth) -> Float[Tensor, "n_laten
     """Of each latent the share of its activation on each behaviour's tokens."""
     acts = record.acts
     sums = torch.zeros(len(truth.behaviours) + 1, record.n_latents)
-    which = truth.of_token[acts.rows.long()]
+    which = truth.of_token[places(record, truth.corpus)][acts.rows.long()]
     sums.index_put_((which, acts.indices.long()), acts.values, accumulate=True)
     return (sums / sums.sum(0).clamp(min=1e-9))[1:].T
 
@@ -114,19 +142,29 @@ def what(finding: Finding, truth: Truth, n_words: int = N, n_concepts: int = 5) 
     ]
 
 
-def flagged(finding: Finding, truth: Truth, record: LatentRecord, n: int | None = None) -> dict:
+def flagged(
+    finding: Finding,
+    truth: Truth,
+    record: LatentRecord,
+    latents: Int[Tensor, " k"] | None = None,
+) -> dict:
     """How many latents are said to differ, how many rightly, and which behaviours they are.
 
     A latent is right where half of its activation lies on the tokens of behaviours, strictly where
     0.8 lies on those of one.
+
+    Args:
+        latents: judged in the place of the finding's own.
     """
-    mass = behaviour_mass(record, truth)[finding.latents[:n]]
+    chosen = finding.latents if latents is None else latents
+    mass = behaviour_mass(record, truth)[chosen]
     right = mass.sum(1) >= 0.5
     found = {truth.behaviours[i] for i in mass[right].argmax(1).tolist()}
+    strict = mass.max(1).values >= 0.8
     return {
         "flagged": len(mass),
-        "right": right.float().mean().item() if len(mass) else float("nan"),
-        "strict": (mass.max(1).values >= 0.8).float().mean().item() if len(mass) else float("nan"),
+        "right": right.float().mean().item(),  # NaN of none
+        "strict": strict.float().mean().item(),
         "found": [name for name in truth.behaviours if name in found],
     }
 
