@@ -77,6 +77,7 @@ lint: .venv/installed-$(EXTRAS)
 
 models: .venv/installed-$(EXTRAS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m lib.models.tiny
+	HF_HUB_OFFLINE=1 $(BIN)/python -m lib.analysis.diffing.ship
 
 saes: .venv/installed-$(EXTRAS)
 	@for run in shipped shipped_layer0; do \

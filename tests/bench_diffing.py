@@ -53,7 +53,7 @@ class Bench:
         config = HarvestConfig(
             hook_names=(self.args.hook_name,), batch_rows=256, skip_special=False
         )
-        return Pair(Harvester([self.a, b], corpus, config))
+        return Pair(Harvester([self.a, b], corpus, config), keep=True)
 
     def found(self, b) -> dict[str, methods.Found]:
         args, held = self.args, self.truth.corpus

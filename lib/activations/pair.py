@@ -50,10 +50,11 @@ class Pair:
 
     A, B, DIFFERENCE = "a", "b", "b - a"
 
-    def __init__(self, *sources: Source) -> None:
+    def __init__(self, *sources: Source, keep: bool = False) -> None:
         """
         Args:
             sources: one of two sites, or one for each model, which must hold the same tokens.
+            keep: hold every block in memory once it was read, for small models read many times.
 
         Raises:
             ValueError: another number of sites than two, sources with other numbers of blocks, or
@@ -67,6 +68,7 @@ class Pair:
                 f"need sources of the same tokens, got {[s.n_blocks for s in sources]} blocks"
             )
         self.sources, self.n_blocks = sources, sources[0].n_blocks
+        self._kept: dict[int, Block] | None = {} if keep else None
         names, self.equal_width = (self.A, self.B), dims[0] == dims[1]
         if self.equal_width:
             names, dims = (*names, self.DIFFERENCE), (*dims, dims[0])
@@ -96,6 +98,13 @@ class Pair:
         return (self.block(i) for i in range(self.n_blocks))
 
     def block(self, i: int) -> Block:
+        if self._kept is None:
+            return self._block(i)
+        if i not in self._kept:
+            self._kept[i] = self._block(i)
+        return self._kept[i]
+
+    def _block(self, i: int) -> Block:
         blocks = [source.block(i) for source in self.sources]
         block, parts = blocks[0], [block.acts for block in blocks]
         for other in blocks[1:]:
@@ -194,11 +203,15 @@ def paired(
     skip_special: bool = False,
     dtype: str = "float32",
     batch_rows: int = 256,
+    keep: bool = False,
 ) -> tuple[Pair, Corpus]:
     """Two models on one corpus of a's tokenizer, and the corpus whose tokens the pair holds.
 
     Where b has a tokenizer of its own, both read the corpus's text again, without special tokens,
     and tokens are paired that end on the same character.
+
+    Args:
+        keep: as of `Pair`.
     """
     reading = {"batch_rows": batch_rows, "skip_special": skip_special, "dtype": dtype}
     if tokenizers[0].get_vocab() == tokenizers[1].get_vocab():
@@ -206,12 +219,12 @@ def paired(
             Harvester([model], corpus, HarvestConfig(hook_names=(hook,), **reading))
             for model, hook in zip(models, hook_names, strict=True)
         ]
-        return Pair(*sources), corpus
+        return Pair(*sources, keep=keep), corpus
     rows = [ids[mask].tolist() for ids, mask in zip(corpus.ids, corpus.mask, strict=True)]
     texts = tokenizers[0].batch_decode(rows, skip_special_tokens=True)
     options = {"seq_len": corpus.ids.shape[1], "batch_rows": batch_rows}
     source = AlignedHarvester(models, tokenizers, texts, hook_names, **options)
-    return Pair(source), source.corpora[0]
+    return Pair(source, keep=keep), source.corpora[0]
 
 
 def _tokenized(

@@ -88,9 +88,9 @@ def amplified(
 
 
 def nonnegative_factors(
-    x: Float[Tensor, "n m"], k: int, *, n_iterations: int = 100, seed: int = 0
+    x: Float[Tensor, "n m"], k: int, *, n_iterations: int = 200, n_starts: int = 3, seed: int = 0
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "k m"]]:
-    """`x ≈ loadings @ topics`, all at least 0, by multiplicative updates.
+    """`x ≈ loadings @ topics`, all at least 0, by multiplicative updates from several starts.
 
     Source: Lee and Seung 2001. Topics have norm 1, the one with most of `x` first.
 
@@ -100,15 +100,23 @@ def nonnegative_factors(
     if k < 1 or (x < 0).any() or not x.any():
         raise ValueError("need k >= 1 and numbers >= 0, some of them above, to factor")
     generator = torch.Generator().manual_seed(seed)
+    starts = (_factored(x, k, n_iterations, generator) for _ in range(n_starts))
+    loadings, topics = min(starts, key=lambda pair: (x - pair[0] @ pair[1]).norm().item())
+    norms = topics.norm(dim=1)
+    loadings, topics = loadings * norms, topics / norms[:, None].clamp(min=1e-12)
+    order = loadings.norm(dim=0).argsort(descending=True)
+    return loadings[:, order], topics[order]
+
+
+def _factored(
+    x: Tensor, k: int, n_iterations: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     loadings = torch.rand(len(x), k, generator=generator)
     topics = torch.rand(k, x.shape[1], generator=generator)
     for _ in range(n_iterations):
         topics *= (loadings.T @ x) / (loadings.T @ loadings @ topics).clamp(min=1e-9)
         loadings *= (x @ topics.T) / (loadings @ (topics @ topics.T)).clamp(min=1e-9)
-    norms = topics.norm(dim=1)
-    loadings, topics = loadings * norms, topics / norms[:, None].clamp(min=1e-12)
-    order = loadings.norm(dim=0).argsort(descending=True)
-    return loadings[:, order], topics[order]
+    return loadings, topics
 
 
 def mined_topics(
