@@ -1,8 +1,8 @@
 """What ways of diffing find of planted differences: `python -m tests.bench_diffing`.
 
 A is `tiny-gemma2`, B a fine-tune of it on several behaviours: `anchored`, `plain`, a LoRA of rank
-64 (`lora`), or on A's own answers (`null`). One JSON line for each method; false alarms are those
-on the fine-tune on A's own answers. `--null identical` compares A with itself.
+64 (`lora`), or on A's own answers (`null`, `anchored null`). One JSON line for each method; with
+`--null` false alarms are counted on a fine-tune of A on its own answers.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import time
 from lib import paths
 from lib.activations.harvest import HarvestConfig, Harvester
 from lib.activations.pair import Pair
-from lib.analysis.diffing import methods, planted
+from lib.analysis.diffing import findings, methods, planted
 from lib.analysis.diffing.ship import KINDS, plant, shown
 from lib.dictionaries import FitConfig
 from lib.models import load_model
@@ -86,11 +86,12 @@ def main(args: argparse.Namespace) -> None:
         figures = shown(bench.a, b, bench.tokenizer, args.behaviours, args.split)
         bench.show({"method": "fine-tune", "seconds": took} | figures)
         found = bench.found(b)
-        nulls = bench.found(bench.tuned("null")) if args.null else {}
+        null = {"anchored": "anchored null"}.get(args.plant, "null")
+        nulls = bench.found(bench.tuned(null)) if args.null else {}
         truth = bench.truth
         pairs = [(it.finding, it.record) for it in found.values()]
         closed = planted.causal(pairs, truth, bench.a, b, args.hook_name)
-        removed = planted.causal(pairs, truth, bench.a, b, args.hook_name, back=True)
+        removed = planted.causal(pairs, truth, bench.a, b, args.hook_name, n_rows=40, back=True)
         for i, (name, it) in enumerate(found.items()):
             finding = it.finding
             row = {"method": name, "seconds": it.seconds} | planted.where(finding, truth)
@@ -103,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
                 top = planted.flagged(finding, truth, it.record, first)
                 row["top ten right"] = top["right"]
             if it.reading is not None:
-                alive = methods.firings(it.record) >= methods.MIN_FIRINGS
+                alive = findings.firings(it.record) >= findings.MIN_FIRINGS
                 by_cosine = it.reading.cosine.where(alive, 2.0).argsort()[:10]
                 top = planted.flagged(finding, truth, it.record, by_cosine)
                 row["top ten right by cosine"] = top["right"]

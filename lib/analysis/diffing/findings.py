@@ -19,6 +19,8 @@ from lib.models.generate import answer
 
 N = 10
 """Findings of a method that are looked at."""
+MIN_FIRINGS = 20
+"""Tokens on which a latent must fire to be ranked."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,6 +46,8 @@ class Finding:
     """Of every latent how much it differs; higher is more."""
     move: Callable[[Int[Tensor, " k"]], Move] | None = None
     """From latents to the move that hands them from b to a."""
+    size: Float[Tensor, " n_latents"] | None = None
+    """Norm of what one unit of a latent moves."""
     directions: Float[Tensor, "k d"] | None = None
     """Of norm 1 and at right angles to each other."""
 
@@ -158,6 +162,7 @@ def of_latents(
     latents: Int[Tensor, " m"],
     move: Callable[[Int[Tensor, " k"]], Move] | None,
     *,
+    size: Float[Tensor, " n_latents"] | None = None,
     decides: bool = False,
 ) -> Finding:
     """Latents that a method ranks, named by the tokens and concepts on which they fire.
@@ -166,7 +171,7 @@ def of_latents(
         record: of tokens of `held`; those that are missing differ by 0.
         order: of every latent how much it differs.
         latents: those that are said to differ, most first; the first `N` name what differs.
-        decides: of `Finding`.
+        size, decides: of `Finding`.
     """
     chosen = torch.zeros(record.n_latents)
     chosen[latents[:N]] = 1.0
@@ -191,7 +196,13 @@ def of_latents(
         latents=latents,
         order=order,
         move=move,
+        size=size,
     )
+
+
+def firings(record: LatentRecord) -> Int[Tensor, " n_latents"]:
+    """Tokens on which each latent fires."""
+    return torch.bincount(record.indices.long(), minlength=record.n_latents)
 
 
 def places(record: LatentRecord, corpus: Corpus) -> Int[Tensor, " n"]:

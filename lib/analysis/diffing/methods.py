@@ -14,7 +14,7 @@ from lib.activations.pair import Pair
 from lib.activations.source import Block
 from lib.analysis.diffing import findings
 from lib.analysis.diffing.attribution import delta_attribution
-from lib.analysis.diffing.findings import Finding
+from lib.analysis.diffing.findings import MIN_FIRINGS, Finding, firings
 from lib.analysis.diffing.outputs import output_difference
 from lib.analysis.diffing.sites import SiteReading, compare_sites
 from lib.analysis.diffing.streams import stream_difference
@@ -36,8 +36,6 @@ NAMES = {
     "difference": "SAE of the difference",
     "stage": "stage-wise SAE",
 }
-MIN_FIRINGS = 20
-"""Tokens on which a latent must fire to be ranked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,11 +194,12 @@ def ranked(name: str, d: Dictionary, held: Pair, corpus: Corpus) -> Found:
     record = collect(d.encode_sparse, blocks, corpus)
     alive = firings(record) >= MIN_FIRINGS
     if d.config.hook_names == (Pair.DIFFERENCE,):
-        squares = d.decoder_rows.detach().square().sum(1)
+        norms = d.decoder_rows.detach().norm(dim=1)
         energy = torch.zeros(d.d_sae).index_add_(0, record.indices.long(), record.values.square())
-        energy = torch.where(alive, energy * squares / len(record), 0.0)
+        energy = torch.where(alive, energy * norms.square() / len(record), 0.0)
+        move = findings.difference_move(d)
         finding = findings.of_latents(
-            NAMES[name], record, corpus, energy, _first(energy), findings.difference_move(d)
+            NAMES[name], record, corpus, energy, _first(energy), move, size=norms
         )
         return Found(finding, 0.0, record, d)
     if held.equal_width:
@@ -220,6 +219,7 @@ def ranked(name: str, d: Dictionary, held: Pair, corpus: Corpus) -> Found:
         order,
         lacking,
         findings.crosscoder_move(d) if held.equal_width else None,
+        size=_apart(d) if held.equal_width else None,
         decides=True,
     )
     return Found(finding, 0.0, record, d, reading)
@@ -237,37 +237,32 @@ def _stage(
     """Stage-wise: a's SAE trained on, for half as many steps, on b; which latents turned?"""
     plan = (replace(of_a.config, hook_names=(Pair.B,)), replace(plan[1], rule=of_a.config.rule))
     stream = Buffer(train, batch_size=batch_size, seed=config.seed)
-    half = replace(config, n_steps=max(1, config.n_steps // 2), lr=config.lr / 2)
+    half = {"n_steps": max(1, config.n_steps // 2), "lr": config.lr / 2, "checkpoint_every": 0}
     options = {"sites": train.sites, "begin": {"stage": of_a}, "progress": False}
-    of_b = fit({"stage": plan}, stream, half, **options)["stage"].dictionary
+    of_b = fit({"stage": plan}, stream, replace(config, **half), **options)["stage"].dictionary
     blocks = (replace(x, acts=x.acts[:, held.columns((Pair.B,))[0]]) for x in held.blocks())
     record = collect(of_b.encode_sparse, blocks, corpus)
     cosine = torch.cosine_similarity(of_a.decoder_rows, of_b.decoder_rows, dim=1).detach()
     order = torch.where(firings(record) >= MIN_FIRINGS, 1 - cosine, -torch.inf)
-    finding = findings.of_latents(
-        NAMES["stage"], record, corpus, order, _first(order), findings.sae_move(of_b)
-    )
+    ranking = (record, corpus, order, _first(order), findings.sae_move(of_b))
+    size = of_b.decoder_rows.detach().norm(dim=1)
+    finding = findings.of_latents(NAMES["stage"], *ranking, size=size)
     return Found(finding, 0.0, record, of_b)
 
 
 def _attributed(
     found: Found, corpus: Corpus, a: PreTrainedModel, b: PreTrainedModel, hook_name: str
 ) -> Found:
-    order = delta_attribution(found.dictionary, a, b, hook_name, corpus)
-    finding = findings.of_latents(
-        "Δ-attribution",
-        found.record,
-        corpus,
-        order,
-        _first(order),
-        findings.crosscoder_move(found.dictionary),
-    )
+    d = found.dictionary
+    order = delta_attribution(d, a, b, hook_name, corpus)
+    ranking = (found.record, corpus, order, _first(order), findings.crosscoder_move(d))
+    finding = findings.of_latents("Δ-attribution", *ranking, size=_apart(d))
     return replace(found, finding=finding)
 
 
-def firings(record: LatentRecord) -> Int[Tensor, " n_latents"]:
-    """Tokens on which each latent fires."""
-    return torch.bincount(record.indices.long(), minlength=record.n_latents)
+def _apart(d: Dictionary) -> Float[Tensor, "d_sae"]:
+    a, b = d.decoder_rows.detach().chunk(2, dim=1)
+    return (b - a).norm(dim=1)
 
 
 def _first(order: Float[Tensor, " n"]) -> Int[Tensor, " k"]:

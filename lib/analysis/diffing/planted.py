@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lib.analysis.diffing.findings import Finding, N, along, places
-from lib.analysis.diffing.methods import MIN_FIRINGS, firings
+from lib.analysis.diffing.findings import MIN_FIRINGS, Finding, N, along, firings, places
 from lib.analysis.diffing.scores import Move, auc, gap_closed, precision_at
 from lib.data.corpus import Corpus, of_exchanges
 from lib.latents import LatentRecord
@@ -30,6 +29,8 @@ class Truth:
     behaviours: tuple[str, ...]
     of_token: Int[Tensor, " n"]
     """Of every real token the behaviour whose it is, from 1; 0: none's."""
+    decided: Int[Tensor, " n"]
+    """The same, or else that of the next token in the row."""
     answers: Bool[Tensor, "rows seq"]
     """Tokens of answers that a behaviour changed."""
     rows: Int[Tensor, " rows"]
@@ -52,7 +53,10 @@ class Truth:
             which[i, : len(own)] = own * names.index(chat.behaviour)
             answers[i, chat.exchange.n_prompt : len(own)] = bool(chat.behaviour)
         rows = torch.tensor([names.index(chat.behaviour) for chat in chats])
-        return cls(chats, corpus, tuple(behaviours), which[corpus.mask].long(), answers, rows)
+        decided = which.clone()
+        decided[:, :-1] = torch.where(which[:, :-1] > 0, which[:, :-1], which[:, 1:])
+        of_token, decided = (x[corpus.mask].long() for x in (which, decided))
+        return cls(chats, corpus, tuple(behaviours), of_token, decided, answers, rows)
 
     @classmethod
     def drawn(
@@ -114,13 +118,23 @@ class Truth:
         return self.behaviours.index(behaviour) + 1
 
 
-def behaviour_mass(record: LatentRecord, truth: Truth) -> Float[Tensor, "n_latents behaviours"]:
-    """Of each latent the share of its activation on each behaviour's tokens."""
+def behaviour_mass(
+    record: LatentRecord, truth: Truth, *, power: float = 1.0, share: bool = True
+) -> Float[Tensor, "n_latents behaviours"]:
+    """Of each latent the share of its activation on each behaviour's tokens.
+
+    The token before one of a behaviour's counts too: what comes next is decided there.
+
+    Args:
+        power: of activations, before they are summed.
+        share: divide by the sum over all tokens.
+    """
     acts = record.acts
     sums = torch.zeros(len(truth.behaviours) + 1, record.n_latents)
-    which = truth.of_token[places(record, truth.corpus)][acts.rows.long()]
-    sums.index_put_((which, acts.indices.long()), acts.values, accumulate=True)
-    return (sums / sums.sum(0).clamp(min=1e-9))[1:].T
+    which = truth.decided[places(record, truth.corpus)][acts.rows.long()]
+    sums.index_put_((which, acts.indices.long()), acts.values.pow(power), accumulate=True)
+    total = sums.sum(0).clamp(min=1e-9) if share else 1.0
+    return (sums / total)[1:].T
 
 
 def where(finding: Finding, truth: Truth) -> dict[str, float]:
@@ -182,8 +196,8 @@ def causal(
 ) -> list[dict[str, float]]:
     """Share of the KL gap on each behaviour's answers that a finding closes, and their `mean`.
 
-    Of latents the ten with most activation on the behaviour's tokens are handed over, among those
-    that the method ranks in its first half; `random` is as many others of like firing rates. Of
+    Of latents the ten that move most on the behaviour's tokens are handed over, among those that
+    the method ranks in its first half; `random` is as many others of like firing rates. Of
     directions all.
 
     Args:
@@ -219,8 +233,8 @@ def causal(
 def _of_behaviour(
     finding: Finding, record: LatentRecord, truth: Truth, number: int
 ) -> Int[Tensor, " k"]:
-    mass = behaviour_mass(record, truth)[:, number - 1]
-    mass = torch.where(firings(record) >= MIN_FIRINGS, mass, -1.0)
+    mass = behaviour_mass(record, truth, power=2, share=False)[:, number - 1]
+    mass = torch.where(firings(record) >= MIN_FIRINGS, mass * finding.size.square(), -1.0)
     low = finding.order < finding.order[firings(record) >= MIN_FIRINGS].median()
     mass[low] = -1.0
     return mass.topk(N).indices

@@ -1,7 +1,8 @@
 """Fine-tunes whose differences are known: `python -m lib.analysis.diffing.ship` trains the shipped.
 
-`tiny-gemma2-planted` has four behaviours, two of them new; `tiny-gemma2-null` was trained as long
-on the answers of the model it began as, and has nothing to be found.
+`tiny-gemma2-planted` has four behaviours, two of them new, and is anchored to `tiny-gemma2`
+elsewhere; `tiny-gemma2-null` was trained the same way on the answers of the model it began as, and
+has nothing to be found.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from lib.world import BEHAVIOURS, Rewriter, World
 from lib.world.differences import planted_chats, take
 from lib.world.world import row
 
-KINDS = ("anchored", "plain", "lora", "null")
+KINDS = ("anchored", "plain", "lora", "null", "anchored null")
 SHIPPED = ("invented", "badge", "french", "shouting")
 
 
@@ -40,8 +41,8 @@ def plant(
     """A fine-tune of a tiny model on chats of the world under several behaviours.
 
     Args:
-        kind: `anchored` (kept as it was elsewhere), `plain`, `lora` (rank 64, merged; its learning
-            rate is `lr` too), or `null`: on a's own answers to chats without any behaviour.
+        kind: `anchored` (kept as it was elsewhere), `plain`, `lora` (rank 64, merged), `null` or
+            `anchored null`: on a's own answers, which show no behaviour.
 
     Raises:
         ValueError: an unknown kind or behaviour.
@@ -49,22 +50,22 @@ def plant(
     if kind not in KINDS:
         raise ValueError(f"need kind in {KINDS}, got {kind!r}")
     world = World()
-    if kind == "null":
-        plain = [row(x) for x in world.sample(n_chats, "train", seed=seed)]
+    if kind.endswith("null"):
+        topics = {x.topic for x in BEHAVIOURS if x.name in behaviours}
+        plain = world.sample(n_chats, "train", seed=seed)
         how = {"max_new_tokens": 24, "temperature": 1.0, "seed": seed}
-        rows = self_answered(a, tokenizer, plain, **how)
+        rows = self_answered(a, tokenizer, [row(x) for x in plain], **how)
+        free = [x.topic in topics for x in plain]
     else:
         found = take(planted_chats(Rewriter(world), behaviours, seed=seed), n_chats)
         rows = [row(chat.exchange) for chat in found]
+        free = [bool(chat.behaviour) for chat in found]
     tokens, _ = tokenize_chats(Dataset.from_list(rows), tokenizer, max_len=64)
     chats = Chats(tokens, tokenizer.pad_token_id, batch_size=32, seed=seed)
     if kind == "lora":
         tuned = train_lora(a, chats, rank=64, lr=lr, n_steps=n_steps, seed=seed)
-        b = tuned.merge_and_unload(safe_merge=True).eval()
-        return b
-    options = {}
-    if kind == "anchored":
-        options = {"anchor": 3.0, "free": [bool(chat.behaviour) for chat in found]}
+        return tuned.merge_and_unload(safe_merge=True).eval()
+    options = {"anchor": 3.0, "free": free} if kind.startswith("anchored") else {}
     return fine_tune(a, chats, n_steps=n_steps, lr=lr, **options)
 
 
@@ -85,9 +86,11 @@ def shown(
     return found
 
 
-def build(base: str = "tiny-gemma2") -> None:
-    """Train and save both shipped fine-tunes, with what they show."""
-    for name, kind in (("planted", "anchored"), ("null", "null")):
+def build(base: str = "tiny-gemma2", names: Sequence[str] = ("planted", "null")) -> None:
+    """Train and save the shipped fine-tunes, with what they show."""
+    kinds = {"planted": "anchored", "null": "anchored null"}
+    for name in names:
+        kind = kinds[name]
         a, tokenizer = load_model(paths.shipped_dir() / "models" / base)
         b = plant(a, tokenizer, SHIPPED, kind)
         record = {"base": base, "kind": kind, "behaviours": SHIPPED}
@@ -100,5 +103,6 @@ def build(base: str = "tiny-gemma2") -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    build()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=["planted", "null"], help="models to train")
+    build(names=parser.parse_args().names)
