@@ -12,7 +12,7 @@ import time
 from lib import paths
 from lib.activations.harvest import HarvestConfig, Harvester
 from lib.activations.pair import Pair
-from lib.analysis.diffing import findings, methods, planted
+from lib.analysis.diffing import findings, methods, planted, trained
 from lib.analysis.diffing.ship import KINDS, plant, shown
 from lib.dictionaries import FitConfig
 from lib.models import load_model
@@ -55,18 +55,18 @@ class Bench:
         )
         return Pair(Harvester([self.a, b], corpus, config), keep=True)
 
-    def found(self, b) -> dict[str, methods.Found]:
+    def found(self, b) -> dict[str, findings.Found]:
         args, held = self.args, self.truth.corpus
         train, of_held = self.pair(b, self.train), self.pair(b, held)
         options = (self.a, b, self.tokenizer, of_held, held, self.prompts)
         found = methods.simple([m for m in args.methods if m in methods.SIMPLE], *options)
         shape = {"d_sae": args.d_sae, "k": args.k, "k_difference": args.k_difference}
-        wanted = [m for m in args.methods if m in methods.TRAINED]
-        plans = methods.plans(wanted, train, exclusive=args.exclusive, **shape)
+        wanted = [m for m in args.methods if m in trained.TRAINED]
+        plans = trained.plans(wanted, train, exclusive=args.exclusive, **shape)
         config = FitConfig(n_steps=args.n_steps, lr=args.lr, dead_after=50_000, seed=self.seed)
         three = (self.a, b, args.hook_name)
         if plans:
-            found |= methods.trained(
+            found |= trained.trained(
                 plans, train, of_held, held, config, models=three, progress=False
             )
         return found
@@ -132,7 +132,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--behaviours", nargs="+", default=["invented", "badge", "french", "shouting"]
     )
-    parser.add_argument("--methods", nargs="+", default=[*methods.SIMPLE, *methods.TRAINED])
+    parser.add_argument("--methods", nargs="+", default=[*methods.SIMPLE, *trained.TRAINED])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     for name, value in {"exclusive": 0.05, "lr": 4e-3, "lr_tune": 1e-3}.items():
         parser.add_argument(f"--{name}", type=float, default=value)

@@ -21,7 +21,6 @@ from lib.analysis.diffing import (
     causal,
     delta_attribution,
     false_alarms,
-    flagged,
     gap_closed,
     output_difference,
     what,
@@ -29,7 +28,9 @@ from lib.analysis.diffing import (
 )
 from lib.analysis.diffing import findings as of
 from lib.analysis.diffing.answers import mined_topics, nonnegative_factors
-from lib.analysis.diffing.methods import SIMPLE, plans, simple, trained
+from lib.analysis.diffing.methods import SIMPLE, simple
+from lib.analysis.diffing.planted import named_by_chance
+from lib.analysis.diffing.trained import plans, ranked, trained
 from lib.dictionaries import Dictionary, FitConfig, fit, recipes
 from lib.display import gap_bars, relative_norms, scaling_plane, token_scores, write_report
 from lib.latents import collect
@@ -99,7 +100,13 @@ def test_amplified_answers_do_not_depend_on_who_else_is_asked(gemma, tuned, trut
     together = amplified(a, tuned, tokenizer, prompts, alpha=2.0)
     alone = [amplified(a, tuned, tokenizer, [prompt], alpha=2.0)[0] for prompt in prompts]
     assert together == alone
-    assert together != answer(tuned, tokenizer, prompts, max_new_tokens=32)
+    loud = [prompt for prompt, row in zip(truth.prompts(150), truth.rows, strict=True) if row == 4]
+
+    def shouted(alpha: float) -> int:
+        texts = amplified(a, tuned, tokenizer, loud, alpha=alpha)
+        return sum(text.isupper() for text in texts)
+
+    assert shouted(2.0) >= shouted(0.0) > shouted(-1.0)
 
 
 def test_attribution_is_the_derivative_of_the_gap(gemma, tuned, truth):
@@ -166,13 +173,15 @@ def test_truth_knows_the_tokens_words_and_concepts(gemma, truth):
     assert truth.concepts("shouting") == {"topic:cooking", "style:shouting", "upper_case"}
     assert truth.concepts("invented") == {"topic:music"}
     words = {name: tokenizer.convert_ids_to_tokens(sorted(truth.words(name))) for name in PLANTED}
-    assert "!" in words["shouting"] and all(w != "." for name in PLANTED for w in words[name])
+    assert {"AND", "APPLES"} <= set(words["shouting"]) and "!" not in words["shouting"]
+    assert all(w != "." for name in PLANTED for w in words[name])
     own = truth.of_token > 0
     finding = Finding(method="", access="", scores=own.float() + torch.rand(len(own)) / 2)
     assert where(finding, truth) == {"auc": 1.0, "precision": 1.0}
     assert where(Finding(method="", access=""), truth) == {}
-    named = Finding(method="", access="", words=[tokenizer.convert_tokens_to_ids("!")],
-                    concepts=["food", "language:french"])  # fmt: skip
+    loud = tokenizer.convert_tokens_to_ids(["APPLES"])
+    named = Finding(method="", access="", words=loud, concepts=["food", "language:french"])
+    assert 0 < named_by_chance(truth) < 2
     assert what(named, truth) == ["french", "shouting"]
     assert what(named, truth, n_concepts=1) == ["shouting"]
 
@@ -204,14 +213,13 @@ def test_every_method_runs_and_finds_where(gemma, tuned, truth, tmp_path):
     record = found["difference"].record
     mass = behaviour_mass(record, truth)
     assert mass.min() >= 0 and mass.sum(1).max() <= 1.00001
-    first = found["difference"].finding
-    assert flagged(first, truth, record)["flagged"] == 10
     movable = [it for it in found.values() if it.record or it.finding.directions is not None]
     shares = causal([(it.finding, it.record) for it in movable], truth, *models, n_rows=8)
     for it, row in zip(movable, shares, strict=True):
         if it.finding.directions is not None and len(it.finding.directions) == 10:
             assert row["mean"] > 0.3
-        assert row["mean"] == pytest.approx(sum(row[name] for name in PLANTED) / 4)
+        if it.finding.method == "SAE of the difference":
+            assert row["mean"] > 0.2 and row["mean"] > 4 * row["random"]
     readings = {"crosscoder": found["crosscoder"].reading}
     pictures = [
         relative_norms(readings),
@@ -282,5 +290,34 @@ def test_a_report_is_inert_and_fetches_nothing(tmp_path):
     text = write_report(tmp_path / "r.html", "</title><script>", parts).read_text()
     body = text[text.index("<body>") :]
     assert "<script>alert" not in body and "<script>two" not in body and "<i>head" not in body
-    assert "<p>one</p>" in body and "src=" not in text[: text.index("<script>")]
+    assert "<p>one</p>" in body and "<script src" not in text and "cdn.plot.ly" not in body
     assert "<title>&lt;/title&gt;" in text
+
+
+def test_a_latent_that_b_alone_has_comes_first(gemma, tuned, truth):
+    """Two hand-made latents: one is written at b and read there, the other at both."""
+    held = pair_of(gemma[0], tuned, truth.corpus)
+    recipe = recipes.standard()
+    config = recipe.dictionary(
+        d_sae=2, site_dims=(128, 128), hook_names=("a", "b"), unit_norm_decoder=False
+    )
+    d = Dictionary(config).eval()
+    x = torch.cat([block.acts for block in held.blocks()])
+    own, shared = (x[:, 128:256] - x[:, :128]).mean(0), x[:, :128].mean(0)
+    own = own - (own @ shared) / (shared @ shared) * shared
+    with torch.no_grad():
+        d.W_dec.zero_(), d.W_enc.zero_()
+        d.W_dec[0, 128:] = own / own.norm()
+        d.W_enc[128:, 0] = own / own.norm()
+        d.W_enc[:128, 0] = -own / own.norm()
+        for site in (slice(0, 128), slice(128, 256)):
+            d.W_dec[1, site] = shared / shared.norm()
+            d.W_enc[site, 1] = shared / shared.norm() / 2
+    found = ranked("crosscoder", d, held, truth.corpus)
+    assert found.finding.order.argmax() == 0
+    assert found.reading.relative_norm[0] == 1 and found.reading.relative_norm[1] == 0.5
+    latents = torch.tensor([0])
+    x_a, x_b = x[:, :128], x[:, 128:256]
+    moved = found.finding.move(latents)(x_a, x_b) - x_a
+    z = ((x_b - x_a) @ own / own.norm()).clamp(min=0)
+    torch.testing.assert_close(moved, z[:, None] * own / own.norm(), rtol=1e-3, atol=1e-4)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lib.activations.harvest import HarvestConfig, Harvester
 from lib.activations.pair import AlignedHarvester, Pair, WithoutAdapter, paired
-from lib.analysis.diffing.methods import plans
+from lib.analysis.diffing.trained import plans
 from lib.data.corpus import load_corpus
 from lib.models.tiny import TinyConfig, build_model
 from lib.world import build_tokenizer

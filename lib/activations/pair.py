@@ -1,5 +1,6 @@
 """Two models as one source: their difference as a site, two tokenizers, an adapter and its base."""
 
+import contextlib
 import hashlib
 import itertools
 import warnings
@@ -36,8 +37,22 @@ class WithoutAdapter(nn.Module):
         return hugging_face(self.tuned).device
 
     def forward(self, *args, **kwargs):
-        with self.tuned.disable_adapter():
+        with self._off():
             return self.tuned(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        with self._off():
+            return self.tuned.generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _off(self) -> Iterator[None]:
+        trainable = {p: p.requires_grad for p in self.tuned.parameters()}
+        try:
+            with self.tuned.disable_adapter():
+                yield
+        finally:  # peft makes an adapter trainable when it switches it on
+            for parameter, before in trainable.items():
+                parameter.requires_grad_(before)
 
 
 class Pair:
@@ -147,6 +162,7 @@ class AlignedHarvester:
         *,
         seq_len: int,
         batch_rows: int = 32,
+        dtype: str = "float32",
     ) -> None:
         require_at_least(1, batch_rows=batch_rows)
         if not len(models) == len(tokenizers) == len(hook_names) == 2:
@@ -155,7 +171,11 @@ class AlignedHarvester:
             *(_tokenized(tokenizer, texts, seq_len) for tokenizer in tokenizers), strict=True
         )
         self._harvesters = [
-            Harvester([model], corpus, HarvestConfig(hook_names=(hook,), batch_rows=batch_rows))
+            Harvester(
+                [model],
+                corpus,
+                HarvestConfig(hook_names=(hook,), batch_rows=batch_rows, dtype=dtype),
+            )
             for model, corpus, hook in zip(models, self.corpora, hook_names, strict=True)
         ]
         self.hook_names = tuple(hook_names)
@@ -222,7 +242,7 @@ def paired(
         return Pair(*sources, keep=keep), corpus
     rows = [ids[mask].tolist() for ids, mask in zip(corpus.ids, corpus.mask, strict=True)]
     texts = tokenizers[0].batch_decode(rows, skip_special_tokens=True)
-    options = {"seq_len": corpus.ids.shape[1], "batch_rows": batch_rows}
+    options = {"seq_len": corpus.ids.shape[1], "batch_rows": batch_rows, "dtype": dtype}
     source = AlignedHarvester(models, tokenizers, texts, hook_names, **options)
     return Pair(source, keep=keep), source.corpora[0]
 

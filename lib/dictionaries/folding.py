@@ -75,5 +75,8 @@ def content_hash(d: nn.Module) -> str:
     """SHA-256 of all weights and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(d.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(
+            tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()

@@ -79,7 +79,8 @@ class DictionaryTrainer:
         x, target = self._split(distributed.gather_rows(self._part(feed.peek())))
         self._set_normalizer(Normalizer.fit(self.fit.normalize, x, config.site_dims))
         if self.begin is not None:
-            mean, scale = self.normalizer.mean.cpu(), self.normalizer.scale.cpu()
+            place = self.begin.b_dec.device
+            mean, scale = self.normalizer.mean.to(place), self.normalizer.scale.to(place)
             begin = self.begin.folded(-mean * scale, 1 / scale)  # x = (y + mean * scale) / scale
             self.dictionary.load_state_dict(begin.state_dict())
             return

@@ -149,7 +149,7 @@ class Rewriter:
 
         An invented answer carries topic, style and turn, and no language.
         """
-        parsed = self.reader.parse(exchange.prompt)
+        parsed = self.reader.of(exchange)
         behaviour = self.require(parsed.topic, guideline)
         right = self._right(parsed, guideline)
         number = self._number(parsed, exchange.response) % len(right)

@@ -112,6 +112,8 @@ class Reader:
     def __init__(self, world: World) -> None:
         self.world = world
         self._walk = Walker()
+        self._last: tuple[str, Parsed] | None = None  # one prompt is asked about several times
+        self._plans: dict[tuple[str, str, str, str], Plan] = {}  # the first of each, for `of`
         self._starts: dict[str | None, list[Plan]] = {}
         for plan in world.plans:
             first = plan.elements[0]
@@ -123,6 +125,23 @@ class Reader:
 
     def parse(self, prompt: str) -> Parsed:
         """Raises ValueError where the prompt is not of this world (or, a defect, ambiguous)."""
+        if self._last is None or self._last[0] != prompt:
+            self._last = (prompt, self._parse(prompt))
+        return self._last[1]
+
+    def of(self, exchange: Exchange) -> Parsed:
+        """What `parse` would find of its prompt, from how it was made."""
+        if self._last is None or self._last[0] != exchange.prompt:
+            if not self._plans:
+                for plan in self.world.plans:
+                    kind = (plan.intent.topic, plan.intent.name, plan.language, plan.style)
+                    self._plans.setdefault(kind, plan)
+            language = "fr" if exchange.language == "french" else "en"
+            kind = (exchange.topic, exchange.intent, language, exchange.style)
+            self._last = (exchange.prompt, Parsed(self._plans[kind], exchange.bindings))
+        return self._last[1]
+
+    def _parse(self, prompt: str) -> Parsed:
         tokens, found = prompt.split(), []
         for plan in self._candidates(tokens):
             _, chosen = self._walk(plan.elements, plan.intent, tokens)

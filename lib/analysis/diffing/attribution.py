@@ -18,6 +18,7 @@ def delta_attribution(
     hook_name: str,
     corpus: Corpus,
     *,
+    skip_special: bool = False,
     batch_rows: int = 64,
 ) -> Float[Tensor, "d_sae"]:
     """Nats of the KL gap that each latent would close, to first order; largest for what b adds.
@@ -26,6 +27,9 @@ def delta_attribution(
     j moves token t by `z_j (d_j^b - d_j^a)`; times minus the gap's gradient there, summed over
     tokens and divided by their number. Source: attribution patching, Nanda 2023, on the difference
     of two models.
+
+    Args:
+        skip_special: leave special tokens out, as the crosscoder's training did.
 
     Raises:
         ValueError: a crosscoder of other sites than two of one width, or a model in training mode.
@@ -39,7 +43,7 @@ def delta_attribution(
     apart = (rows[:, dims[0] :] - rows[:, : dims[0]]).contiguous()
     total, n = torch.zeros(crosscoder.d_sae, dtype=torch.double), 0
     for start in range(0, len(corpus.ids), batch_rows):
-        text = TextRows.of(corpus, slice(start, start + batch_rows), False)
+        text = TextRows.of(corpus, slice(start, start + batch_rows), skip_special)
         acts = []
         with torch.no_grad():
             for model in (a, b):
@@ -51,8 +55,8 @@ def delta_attribution(
         with torch.enable_grad(), frozen(b), replace(b, hook_name, lambda _, leaf=leaf: leaf):
             moved = text.logits(b)[:, :-1][text.predicted].float().log_softmax(1)
             (target.exp() * (target - moved)).sum().backward()
-        gradient = leaf.grad[text.mask].float().contiguous()
-        x = torch.cat([part[text.mask] for part in acts], dim=1)
+        gradient = leaf.grad[text.patched].float().contiguous()
+        x = torch.cat([part[text.patched] for part in acts], dim=1).float()
         with torch.no_grad():
             z = crosscoder.encode_sparse(x)
             total -= sum_by_latent(z, dots_at(z, gradient, apart) * z.values).double().cpu()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib.analysis.diffing.answers import amplified, answer_difference, mined_topics
 from lib.analysis.diffing.outputs import OutputDifference
 from lib.analysis.diffing.scores import Move, concept_ranking
+from lib.analysis.diffing.sites import SiteReading
 from lib.analysis.diffing.streams import StreamDifference, lens
 from lib.data.corpus import Corpus
 from lib.dictionaries import Dictionary
@@ -52,6 +53,23 @@ class Finding:
     """Of norm 1 and at right angles to each other."""
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a method found, and what it took."""
+
+    finding: Finding
+    seconds: float
+    record: LatentRecord | None = None
+    dictionary: Dictionary | None = None
+    reading: SiteReading | None = None
+
+
+def require_known(methods: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ValueError for a method that there is not."""
+    if unknown := sorted(set(methods) - set(known)):
+        raise ValueError(f"need methods of {', '.join(known)}; got {', '.join(unknown)}")
+
+
 def of_outputs(difference: OutputDifference, held: Corpus) -> Finding:
     """KL per token of the corpus."""
     by_word = difference.by_word / len(difference.kl)
@@ -68,11 +86,13 @@ def of_outputs(difference: OutputDifference, held: Corpus) -> Finding:
 
 def of_topics(difference: OutputDifference, held: Corpus, k: int = 5) -> Finding:
     """Logit-difference mining: the first two words of every topic, then the next two, …"""
+    if not difference.excess.any():
+        return Finding(method="logit-difference topics", access="logits")
     loadings, words = mined_topics(difference.excess, k)
     scores = torch.zeros(len(difference.kl))
     scores[difference.top] = loadings.sum(1)
     named = [word for pair in words.split(2, dim=1) for word in pair.flatten().tolist()]
-    strength = (loadings.sum(0) / len(difference.kl)).tolist()
+    strength = sorted((loadings.sum(0) / len(difference.kl)).tolist(), reverse=True)
     return Finding(
         method="logit-difference topics",
         access="logits",
@@ -88,14 +108,16 @@ def of_streams(
 ) -> Finding:
     """PCA of the activation difference; the tokens that its components raise most."""
     size = float(difference.size.square().mean())
+    scores = torch.zeros(held.n_tokens)
+    scores[_number(difference.rows, difference.positions, held)] = difference.size
     directions = difference.components[:k]
     raised = [lens(sign * d, unembedding, 2) for d in directions for sign in (1, -1)]
     return Finding(
         method="PCA of the difference",
         access="activations",
         words=list(dict.fromkeys(torch.stack(raised).T.flatten().tolist()))[:N],
-        concepts=_named(difference.size, held),
-        scores=difference.size,
+        concepts=_named(scores, held),
+        scores=scores,
         strength=[size * share for share in difference.energy[:N].tolist()],
         directions=directions,
     )
@@ -141,7 +163,7 @@ def of_answers(
     else:
         after = answer(b, tokenizer, list(prompts), **options)
     found = answer_difference(tokenizer, before, after)
-    vocabulary = max(int(held.ids.max()), *(token for token, _ in found)) + 1
+    vocabulary = max([int(held.ids.max()), *(token for token, _ in found)]) + 1
     rise = torch.zeros(vocabulary)
     for token, z in found:
         rise[token] = max(z, 0.0)
@@ -207,8 +229,12 @@ def firings(record: LatentRecord) -> Int[Tensor, " n_latents"]:
 
 def places(record: LatentRecord, corpus: Corpus) -> Int[Tensor, " n"]:
     """Of each recorded token its number among the corpus's real tokens."""
+    return _number(record.rows, record.positions, corpus)
+
+
+def _number(rows: Tensor, positions: Tensor, corpus: Corpus) -> Int[Tensor, " n"]:
     numbers = corpus.mask.flatten().cumsum(0).view_as(corpus.mask) - 1
-    return numbers[record.rows.long(), record.positions.long()]
+    return numbers[rows.long(), positions.long()]
 
 
 def crosscoder_move(d: Dictionary) -> Callable[[Int[Tensor, " k"]], Move]:
@@ -238,7 +264,12 @@ def sae_move(d: Dictionary) -> Callable[[Int[Tensor, " k"]], Move]:
 
 def along(directions: Float[Tensor, "k d"]) -> Move:
     """Moves a by the part of the difference that lies in the directions."""
-    return lambda x_a, x_b: x_a + (x_b - x_a) @ directions.T @ directions
+
+    def part(x_a: Tensor, x_b: Tensor) -> Tensor:
+        d = directions.to(x_b.device)
+        return x_a + (x_b - x_a).float() @ d.T @ d
+
+    return part
 
 
 def _at(d: Dictionary, x: Tensor, latents: Int[Tensor, " k"]) -> Float[Tensor, "n k"]:

@@ -102,17 +102,12 @@ class Truth:
         }
 
     def words(self, behaviour: str) -> set[int]:
-        """Tokens that belong to the behaviour half of the time or more, in answers."""
+        """Tokens that are the behaviour's own in at least half of all places where they stand."""
         ids = self.corpus.ids[self.corpus.mask].long()
-        answers = self.answers[self.corpus.mask] | (self.of_token > 0)
         size = int(ids.max()) + 1
         own = torch.bincount(ids[self.of_token == self.number(behaviour)], minlength=size)
-        return set(
-            (2 * own >= torch.bincount(ids[answers], minlength=size))
-            .logical_and(own > 0)
-            .nonzero()[:, 0]
-            .tolist()
-        )
+        mostly = (own > 0) & (2 * own >= torch.bincount(ids, minlength=size))
+        return set(mostly.nonzero()[:, 0].tolist())
 
     def number(self, behaviour: str) -> int:
         return self.behaviours.index(behaviour) + 1
@@ -146,7 +141,7 @@ def where(finding: Finding, truth: Truth) -> dict[str, float]:
     return {"auc": auc(finding.scores, own), "precision": precision_at(n, finding.scores, own)}
 
 
-def what(finding: Finding, truth: Truth, n_words: int = N, n_concepts: int = 5) -> list[str]:
+def what(finding: Finding, truth: Truth, n_words: int = N, n_concepts: int = 3) -> list[str]:
     """The behaviours that it names: by one of its words, or by a right concept."""
     words, concepts = set(finding.words[:n_words]), set(finding.concepts[:n_concepts])
     return [
@@ -154,6 +149,18 @@ def what(finding: Finding, truth: Truth, n_words: int = N, n_concepts: int = 5) 
         for name in truth.behaviours
         if words & truth.words(name) or concepts & truth.concepts(name)
     ]
+
+
+def named_by_chance(truth: Truth, n_words: int = N, n_draws: int = 200, seed: int = 0) -> float:
+    """Behaviours that so many random words of the corpus name, on average."""
+    known = truth.corpus.ids[truth.corpus.mask].long().unique()
+    generator = torch.Generator().manual_seed(seed)
+    own = [truth.words(name) for name in truth.behaviours]
+    total = 0
+    for _ in range(n_draws):
+        drawn = set(known[torch.randperm(len(known), generator=generator)[:n_words]].tolist())
+        total += sum(bool(drawn & words) for words in own)
+    return total / n_draws
 
 
 def flagged(
@@ -193,6 +200,7 @@ def causal(
     n_rows: int = 100,
     seed: int = 0,
     back: bool = False,
+    skip_special: bool = False,
 ) -> list[dict[str, float]]:
     """Share of the KL gap on each behaviour's answers that a finding closes, and their `mean`.
 
@@ -201,7 +209,8 @@ def causal(
     directions all.
 
     Args:
-        back: what is left of the gap in b without the finding, instead: see `gap_closed`.
+        back: the share that taking the finding away from b removes, instead: see `gap_closed`.
+        skip_special: leave special tokens as they are, as harvesting did.
     """
     found: list[dict[str, float]] = [{} for _ in findings]
     generator = torch.Generator().manual_seed(seed)
@@ -217,7 +226,8 @@ def causal(
                 moves += [finding.move(chosen), finding.move(_random(record, chosen, generator))]
                 places += [(i, name), (i, f"random, {name}")]
         corpus, counted = truth.only(number, n_rows)
-        closed = gap_closed(a, b, hook_name, corpus, moves, counted=counted, back=back)
+        options = {"counted": counted, "back": back, "skip_special": skip_special}
+        closed = gap_closed(a, b, hook_name, corpus, moves, **options)
         for (i, key), share in zip(places, closed, strict=True):
             found[i][key] = share
     for row in found:
@@ -233,7 +243,7 @@ def causal(
 def _of_behaviour(
     finding: Finding, record: LatentRecord, truth: Truth, number: int
 ) -> Int[Tensor, " k"]:
-    mass = behaviour_mass(record, truth, power=2, share=False)[:, number - 1]
+    mass = behaviour_mass(record, truth, power=2.0, share=False)[:, number - 1]
     mass = torch.where(firings(record) >= MIN_FIRINGS, mass * finding.size.square(), -1.0)
     low = finding.order < finding.order[firings(record) >= MIN_FIRINGS].median()
     mass[low] = -1.0

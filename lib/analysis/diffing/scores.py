@@ -65,6 +65,7 @@ def gap_closed(
     *,
     counted: Bool[Tensor, "rows seq"] | None = None,
     back: bool = False,
+    skip_special: bool = False,
     batch_rows: int = 64,
 ) -> list[float]:
     """Share of the KL gap that moving a's activations closes, read through b's upper layers.
@@ -77,6 +78,8 @@ def gap_closed(
         counted: tokens whose predictions count; None: all.
         back: take what a move would hand over away from b instead. The gap is then that of b from
             a's activations read through b's upper layers, and 1 says that nothing of it is left.
+        skip_special: leave special tokens as they are, for findings that never saw them. Handing
+            over all of the rest may then close less than 1.
 
     Raises:
         ValueError: no prediction is counted, the models agree on all of them, or one is in
@@ -86,7 +89,7 @@ def gap_closed(
         require_eval(model)
     sums = torch.zeros(len(moves) + 1, dtype=torch.double)
     for start in range(0, len(corpus.ids), batch_rows):
-        rows = TextRows.of(corpus, slice(start, start + batch_rows), False)
+        rows = TextRows.of(corpus, slice(start, start + batch_rows), skip_special)
         chosen = rows.predicted.clone()
         if counted is not None:
             chosen &= counted[start : start + batch_rows, 1 : rows.ids.shape[1]]
@@ -98,7 +101,12 @@ def gap_closed(
                 logits = rows.logits(model)
             acts.append(found[hook_name][rows.mask])
         x_a, x_b = acts
-        placed = [x_a, *(move(x_a, x_b) for move in moves)]
+        free = rows.patched[rows.mask].to(x_a.device)
+        placed = [x_a]
+        for move in moves:
+            moved = x_a.clone()
+            moved[free] = move(x_a[free], x_b[free]).to(x_a)
+            placed.append(moved)
         target = logits[:, :-1][chosen].float().log_softmax(1)
         if back:
             placed = [x_b, *(x_b - (x - x_a) for x in placed[1:])]

@@ -15,6 +15,9 @@ from lib.runtime import require_at_least
 class StreamDifference:
     """Of `x_b - x_a` at every token that was harvested, in order."""
 
+    rows: Int[Tensor, " n"]
+    positions: Int[Tensor, " n"]
+    """Where in the corpus each token stands."""
     size: Float[Tensor, " n"]
     """`‖x_b - x_a‖ / ‖x_a‖`."""
     along: Float[Tensor, "n k"]
@@ -42,13 +45,14 @@ def stream_difference(
         ValueError: no token, an odd width, or two sites that are equal at every token.
     """
     require_at_least(1, n_positions=n_positions, n_components=n_components)
-    found, before, positions = [], [], []
+    found, before, rows, positions = [], [], [], []
     for block in blocks:
         if block.acts.shape[1] % 2:
             raise ValueError(f"need two sites of one width, got {block.acts.shape[1]} columns")
         a, b = block.acts.float().cpu().chunk(2, dim=1)
         found.append(b - a)
         before.append(a.norm(dim=1))
+        rows.append(block.rows)
         positions.append(block.positions)
     if not sum(map(len, found)):
         raise ValueError("need a token, got none")
@@ -64,6 +68,8 @@ def stream_difference(
     signs = torch.where(along.mean(0) < 0, -1.0, 1.0)
     by_position = [difference[at == i].mean(0) for i in range(n_positions)]  # NaN of none
     return StreamDifference(
+        torch.cat(rows),
+        at,
         difference.norm(dim=1) / torch.cat(before).clamp(min=1e-12),
         along * signs,
         difference.mean(0),
