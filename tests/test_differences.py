@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from lib.adapters import Chats, assistant_loss, fine_tune
 from lib.data.tokens import tokenize_chats
+from lib.world import Rewriter
 from lib.world.differences import NEW, REUSED, planted_chats, take
 from lib.world.world import row
 
@@ -83,3 +84,20 @@ def test_an_anchor_needs_to_know_what_is_free(gemma, few):
     for options in ({"anchor": 1.0}, {"anchor": -1.0}, {"anchor": 1.0, "free": [True]}):
         with pytest.raises(ValueError, match="need anchor >= 0"):
             fine_tune(gemma[0], few[0], n_steps=2, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "ood_style", "ood_phrasing"])
+def test_what_an_exchange_says_of_itself_is_what_the_parser_finds(world, split):
+    by_parser = Rewriter(world)
+    by_parser.reader.of = lambda exchange: by_parser.reader.parse(exchange.prompt)
+    for names in (("invented", "badge", "french"), ("shouting", "quoted", "list")):
+        chats = [
+            take(planted_chats(it, names, split=split, seed=5), 20)
+            for it in (Rewriter(world), by_parser)
+        ]
+        for one, other in zip(*chats, strict=True):
+            assert one.tokens == other.tokens and one.behaviour == other.behaviour
+            assert one.exchange.tokens == other.exchange.tokens
+            assert one.exchange.concepts == other.exchange.concepts
+            assert one.exchange.log_p_answer == pytest.approx(other.exchange.log_p_answer)
