@@ -230,6 +230,16 @@ def test_every_method_runs_and_finds_where(gemma, tuned, truth, tmp_path):
     assert all(isinstance(picture, go.Figure) for picture in pictures)
 
 
+def test_nothing_is_found_between_equal_models(gemma, truth):
+    a, tokenizer = gemma
+    with pytest.warns(UserWarning, match="equal at every token"):
+        held = pair_of(a, copy.deepcopy(a), truth.corpus)
+    ways = ["answers", "outputs", "topics", "streams", "positions"]
+    found = simple(ways, a, a, tokenizer, held, truth.corpus, truth.prompts(8))
+    assert all(max(it.finding.strength, default=0.0) == 0 for it in found.values())
+    assert all(it.finding.directions is None for it in found.values())
+
+
 def test_unknown_methods_are_refused_before_work(gemma, tuned, truth):
     held = pair_of(gemma[0], tuned, truth.corpus)
     with pytest.raises(ValueError, match="need methods of answers, .*; got telepathy"):

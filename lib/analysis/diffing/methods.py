@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib.activations.pair import Pair
 from lib.activations.source import Block
 from lib.analysis.diffing import findings
-from lib.analysis.diffing.findings import Found, require_known
+from lib.analysis.diffing.findings import Finding, Found, require_known
 from lib.analysis.diffing.outputs import output_difference
 from lib.analysis.diffing.streams import stream_difference
 from lib.data.corpus import Corpus
@@ -31,7 +31,7 @@ def simple(
     alpha: float = 1.0,
     batch_rows: int = 64,
 ) -> dict[str, Found]:
-    """Those of `SIMPLE`, which train nothing.
+    """Those of `SIMPLE`, which train nothing; models that are equal give empty findings.
 
     Args:
         pair: the activations of `held`.
@@ -76,6 +76,9 @@ def simple(
     shared = {"outputs": "outputs", "topics": "outputs", "streams": "streams"}
     shared["positions"] = "streams"
     for name in methods:
+        if pair.identical and shared.get(name) == "streams":  # nothing to take apart
+            found[name] = Found(Finding(method=name, access="activations"), 0.0)
+            continue
         before, began = dict(passes), time.perf_counter()
         finding = ways[name]()
         seconds = time.perf_counter() - began
