@@ -45,17 +45,21 @@ class _Amplified(LogitsProcessor):
 
     def __init__(self, a: PreTrainedModel, alpha: float, fill: list[int]) -> None:
         self.a, self.alpha, self.fill = a, alpha, torch.tensor(fill, device=a.device)
+        self.cache = None  # of a, which reads along
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         places = torch.arange(input_ids.shape[1], device=self.fill.device)
         mask = places >= self.fill[:, None]
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        logits = self.a(
-            input_ids=input_ids,
+        n = input_ids.shape[1] if self.cache is None else 1
+        out = self.a(
+            input_ids=input_ids[:, -n:],
             attention_mask=mask.long(),
-            position_ids=positions,
-            use_cache=False,
-        ).logits[:, -1]
+            position_ids=positions[:, -n:],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache, logits = out.past_key_values, out.logits[:, -1]
         log_a, log_b = logits.float().log_softmax(1), scores.float().log_softmax(1)
         likely = log_b >= log_b.max(1, keepdim=True).values + math.log(0.01)
         return torch.where(likely, log_b + self.alpha * (log_b - log_a), -math.inf)
