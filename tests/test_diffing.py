@@ -56,11 +56,8 @@ def test_kl_and_its_split_are_those_of_the_logits(pair):
     n = row.shape[1]
     right = (q.exp() * (q - p)).sum(1)[:-1]
     torch.testing.assert_close(found.kl[1:n].double(), right, rtol=1e-3, atol=1e-6)
-    own = (q - p)[torch.arange(n - 1), row[0, 1:]]
-    torch.testing.assert_close(found.rise[1:n].double(), own, rtol=1e-3, atol=1e-5)
     assert found.by_word.sum().item() == pytest.approx(found.kl.sum().item(), rel=1e-3)
     assert found.kl[0] == 0 and found.kl.min() > -1e-6
-    assert found.by_word[found.words(3)].tolist() == found.by_word.topk(3).values.tolist()
     assert output_difference(a, a, corpus).kl.abs().max() < 1e-6
 
 
@@ -69,7 +66,7 @@ def test_the_planted_direction_is_the_first_component(pair):
     found = stream_difference(blocks([a, b], corpus), n_components=4)
     planted = torch.full((32,), 32**-0.5)
     assert (found.components[0] @ planted).abs() > 0.999 and found.energy[0] > 0.99
-    assert len(found.size) == corpus.n_tokens and (found.along[:, 0].mean() > 0)
+    assert len(found.size) == corpus.n_tokens and (found.components @ found.mean > -1e-6).all()
     torch.testing.assert_close(
         found.components @ found.components.T, torch.eye(4), atol=1e-4, rtol=0
     )

@@ -278,10 +278,8 @@ def build(name: str, folder: Path | None = None) -> dict:
     """Train a shipped model, score it on every held-out split and save it with its figures."""
     world, config = World(), RECIPES[name]
     model, tokenizer, history = train_tiny(config, world)
-    figures = {
-        split: evaluate_tiny(model, tokenizer, world, split=split)
-        for split in ("test", "ood_style", "ood_phrasing")
-    }
+    splits = ("test", "ood_style", "ood_phrasing")
+    figures = {split: evaluate_tiny(model, tokenizer, world, split=split) for split in splits}
     record = {
         "config": asdict(config),
         "figures": figures,

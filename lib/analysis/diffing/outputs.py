@@ -21,8 +21,6 @@ class OutputDifference:
 
     kl: Float[Tensor, " n"]
     """KL of model a's prediction of this token from model b's, `Σ p_b log(p_b / p_a)`."""
-    rise: Float[Tensor, " n"]
-    """By how much b finds the token itself likelier: `log p_b - log p_a`."""
     by_word: Float[Tensor, " vocab"]
     """The sum of `kl` split over what is predicted: `p_b log(p_b / p_a)` of each token id. Largest
     for what b says and a does not."""
@@ -30,10 +28,6 @@ class OutputDifference:
     """The tokens of largest `kl`, most first."""
     excess: Float[Tensor, "n_top vocab"]
     """Of these `p_b log(p_b / p_a)` of each token id where b finds it likelier, else 0."""
-
-    def words(self, n: int) -> Int[Tensor, " n"]:
-        """The token ids with most of the KL, most first."""
-        return self.by_word.topk(n).indices
 
 
 @torch.no_grad()
@@ -58,7 +52,7 @@ def output_difference(
     sizes = [hugging_face(m).get_output_embeddings().weight.shape[0] for m in (a, b)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"need models of one vocabulary, got {sizes[0]} and {sizes[1]} tokens")
-    kl, rise, top, excess = [], [], torch.zeros(0, dtype=torch.long), torch.zeros(0, sizes[0])
+    kl, top, excess = [], torch.zeros(0, dtype=torch.long), torch.zeros(0, sizes[0])
     n_before = 0
     by_word = torch.zeros(sizes[0], dtype=torch.double)
     for start in range(0, len(corpus.ids), batch_rows):
@@ -66,11 +60,9 @@ def output_difference(
         log_a, log_b = (rows.logits(m)[:, :-1].float().log_softmax(2).cpu() for m in (a, b))
         parts = log_b.exp() * (log_b - log_a)
         by_word += parts[rows.predicted].sum(0).double()
-        own = rows.ids[:, 1:, None]
-        for found, values in ((kl, parts.sum(2)), (rise, (log_b - log_a).gather(2, own)[..., 0])):
-            scores = torch.zeros(rows.ids.shape)
-            scores[:, 1:] = values
-            found.append(scores[rows.mask])
+        scores = torch.zeros(rows.ids.shape)
+        scores[:, 1:] = parts.sum(2)
+        kl.append(scores[rows.mask])
         # a row's first token has no prediction: its excess is none
         own = torch.zeros(*rows.ids.shape, sizes[0])
         own[:, 1:] = parts.clamp(min=0)
@@ -79,4 +71,4 @@ def output_difference(
         n_before += len(kl[-1])
         order = torch.cat(kl)[top].topk(min(n_top, len(top))).indices
         top, excess = top[order], excess[order]
-    return OutputDifference(torch.cat(kl), torch.cat(rise), by_word.float(), top, excess)
+    return OutputDifference(torch.cat(kl), by_word.float(), top, excess)

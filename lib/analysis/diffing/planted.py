@@ -13,8 +13,9 @@ from lib.analysis.diffing.scores import Move, auc, gap_closed, precision_at
 from lib.data.corpus import Corpus, of_exchanges
 from lib.latents import LatentRecord
 from lib.runtime import require_at_least
-from lib.world import BEHAVIOURS, Rewriter, World
+from lib.world import BEHAVIOURS, CONCEPTS, Rewriter, World
 from lib.world.differences import Planted, planted_chats
+from lib.world.lexicon import LANGUAGES
 
 NAMED = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
 
@@ -91,15 +92,14 @@ class Truth:
     def concepts(self, behaviour: str) -> set[str]:
         """Names of the world that would be right for it: its topic, style and language."""
         known = NAMED[behaviour]
-        language = {"fr": "french", "en": "english", None: ""}[known.language]
-        style = {f"style:{known.style}", {"shouting": "upper_case"}.get(known.style, "")}
+        right = {f"topic:{known.topic}"}
         if known.new:
-            return {f"topic:{known.topic}"}
-        return ({f"topic:{known.topic}", f"language:{language}"} | style) - {
-            "language:",
-            "style:None",
-            "",
-        }
+            return right
+        if known.language:
+            right.add(f"language:{LANGUAGES[known.language]}")
+        if known.style:
+            right.add(f"style:{known.style}")
+        return right | ({"upper_case"} if known.style == "shouting" else set())
 
     def words(self, behaviour: str) -> set[int]:
         """Tokens that are the behaviour's own in at least half of all places where they stand."""
@@ -151,15 +151,17 @@ def what(finding: Finding, truth: Truth, n_words: int = N, n_concepts: int = 3) 
     ]
 
 
-def named_by_chance(truth: Truth, n_words: int = N, n_draws: int = 200, seed: int = 0) -> float:
-    """Behaviours that so many random words of the corpus name, on average."""
-    known = truth.corpus.ids[truth.corpus.mask].long().unique()
+def named_by_chance(truth: Truth, n_draws: int = 200, seed: int = 0) -> float:
+    """Behaviours that random words and concepts of the corpus name, on average; see `what`."""
+    words = truth.corpus.ids[truth.corpus.mask].long().unique()
     generator = torch.Generator().manual_seed(seed)
-    own = [truth.words(name) for name in truth.behaviours]
     total = 0
     for _ in range(n_draws):
-        drawn = set(known[torch.randperm(len(known), generator=generator)[:n_words]].tolist())
-        total += sum(bool(drawn & words) for words in own)
+        drawn = words[torch.randperm(len(words), generator=generator)[:N]].tolist()
+        order = torch.randperm(len(CONCEPTS), generator=generator).tolist()
+        concepts = [CONCEPTS[i] for i in order[:N]]
+        named = Finding(method="chance", access="", words=drawn, concepts=concepts)
+        total += len(what(named, truth))
     return total / n_draws
 
 
@@ -216,19 +218,19 @@ def causal(
     generator = torch.Generator().manual_seed(seed)
     for number, name in enumerate(truth.behaviours, 1):
         moves: list[Move] = []
-        places: list[tuple[int, str]] = []
+        keys: list[tuple[int, str]] = []
         for i, (finding, record) in enumerate(findings):
             if finding.directions is not None:
                 moves.append(along(finding.directions))
-                places.append((i, name))
+                keys.append((i, name))
             elif finding.move is not None and record is not None:
                 chosen = _of_behaviour(finding, record, truth, number)
                 moves += [finding.move(chosen), finding.move(_random(record, chosen, generator))]
-                places += [(i, name), (i, f"random, {name}")]
+                keys += [(i, name), (i, f"random, {name}")]
         corpus, counted = truth.only(number, n_rows)
         options = {"counted": counted, "back": back, "skip_special": skip_special}
         closed = gap_closed(a, b, hook_name, corpus, moves, **options)
-        for (i, key), share in zip(places, closed, strict=True):
+        for (i, key), share in zip(keys, closed, strict=True):
             found[i][key] = share
     for row in found:
         for key, names in (

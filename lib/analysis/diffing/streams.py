@@ -20,8 +20,6 @@ class StreamDifference:
     """Where in the corpus each token stands."""
     size: Float[Tensor, " n"]
     """`‖x_b - x_a‖ / ‖x_a‖`."""
-    along: Float[Tensor, "n k"]
-    """Coordinates on `components`."""
     mean: Float[Tensor, " d"]
     by_position: Float[Tensor, "n_positions d"]
     """Mean over the tokens at each of the first places of a row, NaN where none was harvested. A
@@ -64,14 +62,12 @@ def stream_difference(
     values, vectors = torch.linalg.eigh(moments)
     k = min(n_components, len(values))
     components = vectors.flip(1)[:, :k].T.float()
-    along = difference @ components.T
-    signs = torch.where(along.mean(0) < 0, -1.0, 1.0)
+    signs = torch.where(components @ difference.mean(0) < 0, -1.0, 1.0)
     by_position = [difference[at == i].mean(0) for i in range(n_positions)]  # NaN of none
     return StreamDifference(
         torch.cat(rows),
         at,
         difference.norm(dim=1) / torch.cat(before).clamp(min=1e-12),
-        along * signs,
         difference.mean(0),
         torch.stack(by_position),
         components * signs[:, None],

@@ -138,14 +138,15 @@ def trained(
 
 def ranked(name: str, d: Dictionary, held: Pair, corpus: Corpus) -> Found:
     """What a trained dictionary says: a crosscoder's by latent scaling, else by energy."""
-    columns = held.columns(d.config.hook_names)
+    both = len(d.config.site_dims) == 2  # whatever a public crosscoder calls its sites
+    columns = held.columns(held.hook_names[:2] if both else d.config.hook_names)
     blocks = [
         replace(block, acts=torch.cat([block.acts[:, c] for c in columns], 1))
         for block in held.blocks()
     ]
     record = collect(d.encode_sparse, blocks, corpus)
     alive = firings(record) >= MIN_FIRINGS
-    if d.config.hook_names == (Pair.DIFFERENCE,):
+    if not both:
         norms = d.decoder_rows.detach().norm(dim=1).cpu()
         energy = torch.zeros(d.d_sae).index_add_(0, record.indices.long(), record.values.square())
         energy = torch.where(alive, energy * norms.square() / len(record), 0.0)
@@ -247,11 +248,8 @@ def looked_at(
     for name, d in dictionaries.items():
         if name == "stage":
             continue
-        if d.config.site_dims == held.site_dims[:2]:
-            d.config = replace(
-                d.config, hook_names=held.hook_names[:2]
-            )  # a public crosscoder's own
-        elif d.config.hook_names != (Pair.DIFFERENCE,):
+        alone = d.config.hook_names == (Pair.DIFFERENCE,)
+        if not alone and d.config.site_dims != held.site_dims[:2]:
             raise ValueError(
                 f"{name}: need a crosscoder of widths {held.site_dims[:2]} or an SAE of the "
                 f"difference, got widths {d.config.site_dims}"

@@ -43,7 +43,6 @@ def scaling_plane(
     right: Bool[Tensor, "d_sae"] | None = None,
     *,
     min_firings: int = 20,
-    bounds: tuple[float, float] = (0.2, 0.5),
 ) -> go.Figure:
     """Latent scaling as one of b: how much of a latent does a's error, and reconstruction, hold?
 
@@ -69,8 +68,8 @@ def scaling_plane(
             marker={"size": 6, "color": colours[name], "opacity": 0.75},
             hovertemplate="%{text}<br>error %{x:.2f}<br>reconstruction %{y:.2f}<extra></extra>",
         )
-    x, y = bounds
-    figure.add_shape(type="rect", x0=-1.05, x1=x, y0=-1.05, y1=y, line={"dash": "dot", "width": 1})
+    box = {"x0": -1.05, "x1": 0.2, "y0": -1.05, "y1": 0.5}  # as `SiteReading.lacks`
+    figure.add_shape(type="rect", **box, line={"dash": "dot", "width": 1})
     figure.update_layout(title="Latent scaling, of b in a", height=460, **LAYOUT)
     figure.update_xaxes(title="in a's error (0: a does not have it, 1: as much as b)")
     figure.update_yaxes(title="in a's reconstruction")
