@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from lib.activations.harvest import HarvestConfig, Harvester
 from lib.activations.pair import AlignedHarvester, Pair, WithoutAdapter, paired
 from lib.analysis.diffing.trained import plans
-from lib.data.corpus import load_corpus
+from lib.data.corpus import load_corpus, of_rows
 from lib.models.tiny import TinyConfig, build_model
 from lib.world import build_tokenizer
 
@@ -84,6 +84,9 @@ def test_an_adapter_stands_beside_its_base_without_a_second_copy(tokenizer, corp
     a, b, apart = pair.block(0).acts.split(32, dim=1)
     torch.testing.assert_close(a, before)
     assert apart.norm() > 0.01 * a.norm()
+    tuned.requires_grad_(False)
+    source(plain, corpus).block(0)  # peft makes an adapter trainable when it switches it on
+    assert not any(p.requires_grad for p in tuned.parameters())
     own = {p.data_ptr() for p in tuned.parameters()}
     assert {p.data_ptr() for p in plain.parameters()} == own
     torch.testing.assert_close(source(tuned, corpus).block(0).acts, b)  # on again
@@ -123,6 +126,13 @@ def test_tokens_that_end_together_are_paired(tokenizer):
         assert words == [word for text in part for word in text.split()]
         seen += len(words)
     assert seen == sum(len(text.split()) for text in texts)
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    again, words = paired(
+        (a, b), (tokenizer, other), (SITE, SITE), of_rows(rows, tokenizer, "texts"), batch_rows=2
+    )
+    assert words.ids[words.mask].tolist() == [i for row in rows for i in row]
+    for i in range(2):
+        torch.testing.assert_close(again.block(i).acts, joined.block(i).acts)
 
 
 def test_paired_finds_out_whether_the_tokenizer_is_shared(tokenizer, corpus):
