@@ -146,6 +146,7 @@ class AlignedHarvester:
 
     Args:
         hook_names: a site for each model.
+        seq_len: tokens after which either model's text is cut; None: never.
         batch_rows: texts in a forward pass, and in a block.
 
     Raises:
@@ -160,7 +161,7 @@ class AlignedHarvester:
         texts: Sequence[str],
         hook_names: Sequence[str],
         *,
-        seq_len: int,
+        seq_len: int | None = None,
         batch_rows: int = 32,
         dtype: str = "float32",
     ) -> None:
@@ -242,18 +243,19 @@ def paired(
         return Pair(*sources, keep=keep), corpus
     rows = [ids[mask].tolist() for ids, mask in zip(corpus.ids, corpus.mask, strict=True)]
     texts = tokenizers[0].batch_decode(rows, skip_special_tokens=True)
-    options = {"seq_len": corpus.ids.shape[1], "batch_rows": batch_rows, "dtype": dtype}
+    options = {"batch_rows": batch_rows, "dtype": dtype}  # of b as many tokens as the text has
     source = AlignedHarvester(models, tokenizers, texts, hook_names, **options)
     return Pair(source, keep=keep), source.corpora[0]
 
 
 def _tokenized(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seq_len: int
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seq_len: int | None
 ) -> tuple[Corpus, Int[Tensor, "n_rows seq"]]:
     """The texts as a corpus, a row each, and the character after each token's last one."""
     if not tokenizer.is_fast:
         raise ValueError(f"need a fast tokenizer, got {type(tokenizer).__name__}")
-    found = tokenizer(list(texts), truncation=True, max_length=seq_len, return_offsets_mapping=True)
+    cut = {"truncation": seq_len is not None, "max_length": seq_len}
+    found = tokenizer(list(texts), **cut, return_offsets_mapping=True)
     corpus = of_rows(found["input_ids"], tokenizer, "texts")
     ends = torch.zeros(corpus.mask.shape, dtype=torch.long)
     ends[corpus.mask] = torch.tensor(
