@@ -33,6 +33,7 @@ from lib.analysis.diffing.planted import named_by_chance
 from lib.analysis.diffing.trained import plans, ranked, trained
 from lib.dictionaries import Dictionary, FitConfig, fit, recipes
 from lib.display import gap_bars, relative_norms, scaling_plane, token_scores, write_report
+from lib.display.figures.diffing import DIFFING_COLOURS
 from lib.latents import collect
 from lib.models import load_model
 from lib.models.generate import answer
@@ -228,6 +229,12 @@ def test_every_method_runs_and_finds_where(gemma, tuned, truth, tmp_path):
         token_scores({"KL": found["outputs"].finding.scores}, truth.of_token > 0),
     ]
     assert all(isinstance(picture, go.Figure) for picture in pictures)
+    drawn = {
+        it.finding.method
+        for it in found.values()
+        if it.finding.move or it.finding.scores is not None
+    }
+    assert drawn <= set(DIFFING_COLOURS)  # a method keeps its colour
 
 
 def test_nothing_is_found_between_equal_models(gemma, truth):

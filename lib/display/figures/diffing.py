@@ -10,7 +10,15 @@ from lib.analysis.diffing.sites import SiteReading
 from lib.display.figures.latents import shown
 from lib.display.figures.plots import COLOURS, LAYOUT, require_rows
 
-DIFFING_COLOURS = {"crosscoder": "#2ca02c", "delta": "#17becf", "dfc": "#9467bd"}
+DIFFING_COLOURS = {
+    "crosscoder": "#2ca02c", "crosscoder, latent scaling": "#2ca02c",
+    "delta": "#17becf", "crosscoder with Δ-loss, latent scaling": "#17becf",
+    "dfc": "#9467bd", "DFC, latent scaling": "#9467bd",
+    "KL per token": "#1f77b4", "logit-difference topics": "#aec7e8",
+    "PCA of the difference": "#d62728", "activation difference lens": "#ff9896",
+    "SAE of the difference": "#ff7f0e", "stage-wise SAE": "#bcbd22", "Δ-attribution": "#8c564b",
+}  # fmt: skip
+"""A method keeps its colour in every figure."""
 
 
 def relative_norms(readings: Mapping[str, SiteReading], min_firings: int = 20) -> go.Figure:
@@ -85,6 +93,7 @@ def gap_bars(
     for method, shares in closed.items():
         x = [*behaviours, "random"]
         figure.add_bar(x=x, y=[shares.get(name) for name in x], name=method)
+        figure.data[-1].marker.color = DIFFING_COLOURS.get(method)
     figure.add_hline(y=1, line_dash="dot", annotation_text="all of the difference")
     figure.update_layout(title=title, height=420, barmode="group", **LAYOUT)
     figure.update_yaxes(title="share of the KL gap closed (higher is better)")
@@ -101,7 +110,8 @@ def token_scores(
     for name, values in scores.items():
         found = planted[values.argsort(descending=True, stable=True)].cumsum(0)
         y = [found[max(place, 1) - 1].item() / total for place in places]
-        figure.add_scatter(x=[place / n for place in places], y=y, name=name)
+        line = {"color": DIFFING_COLOURS.get(name)}
+        figure.add_scatter(x=[place / n for place in places], y=y, name=name, line=line)
     figure.add_scatter(
         x=[0, total / n, 1],
         y=[0, 1, 1],
